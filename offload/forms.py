@@ -36,6 +36,12 @@ def lark_grammar(lark: Any) -> str:
     return LLMatcher.grammar_from_lark(lark)
 
 
+def led_grammar(lead: str, grammar: str) -> str:
+    """A grammar of what the Lark `lead` says, in which `@content` stands for `grammar`."""
+    content = json.loads(grammar)["grammars"][0] if grammar.startswith("{") else {"lark_grammar": grammar}
+    return json.dumps({"grammars": [{"lark_grammar": lead}, {**content, "name": "content"}]})
+
+
 def _check_schema(schema: Any) -> None:
     if not isinstance(schema, Mapping):
         raise OptionError(f"json_schema is of type {type(schema).__name__}; it must be a dict, a JSON schema")

@@ -148,11 +148,14 @@ class Model:
         change.
 
         `options` are transformers' generation options; temperature, top_p and the like turn sampling on. In
-        addition there are: `json_schema`, a dict, for an answer in JSON that follows it (behind the thought,
-        if the prompt begins one; in gpt-oss' final channel), or `grammar`, text in llguidance's Lark, for an
-        answer that follows it (from the same place on, unless it names `<|channel|>` itself); and
-        `frequency_penalty`, `presence_penalty` and `logit_bias` as in OpenAI's API. Defaults come from the
-        checkpoint's generation_config, with 512 new tokens.
+        addition there are: `json_schema`, a dict, for an answer in JSON that follows it, or `grammar`, text
+        in llguidance's Lark; and `frequency_penalty`, `presence_penalty` and `logit_bias` as in OpenAI's API.
+        Defaults come from the checkpoint's generation_config, with 512 new tokens.
+
+        A model that thinks may do so before the JSON, unless thoughts are turned off, and gpt-oss writes it
+        into its final channel. All of that is in the text, so read it from `Output.message["content"]`, or
+        split the tokens' text by `answers.parser`. A grammar begins in the same place, unless its first line
+        names the mark of a thought, `<think>` or `<|channel|>`: then it is of the whole answer.
 
         Raises OptionError for options and prompts that cannot be served.
         """
@@ -208,15 +211,17 @@ class Model:
             options["stop_strings"] = stop_strings(stop)
         options = imply_sampling(plain(options))
         refuse_beyond_loop(hf, options)
-        settings = make_settings(hf, ids, tokenizer=self.tokenizer, seed=plain_number(seed), **options)
+        settings = make_settings(
+            hf, ids, self.answers, tokenizer=self.tokenizer, seed=plain_number(seed), **options
+        )
         return ids, settings, None if self.tokenizer is None else Detokenizer(self.tokenizer, marks)
 
-    def check_form(self, options: Mapping[str, Any]) -> None:
+    def check_form(self, options: Mapping[str, Any], prompt_ids: Sequence[int]) -> None:
         """Raise OptionError if `json_schema` or `grammar` in `options` cannot be served. Any thread.
 
-        Compiles them, which may take a second, also for later answers.
+        Compiles them for an answer to the prompt, which may take a second, also for later answers.
         """
-        if (grammar := form(options)) is not None:
+        if (grammar := form(options, prompt_ids, self.answers)) is not None:
             matcher(self.tokenizer, grammar, vocabulary_size(self._open().hf))
 
     def batcher(self, *, queue: int = 64) -> Batcher:

@@ -108,6 +108,7 @@ class Output:
     """A finished answer. `token_ids` are the new ones, an end-of-sequence token included."""
 
     text: str
+    """All that the model wrote, thoughts, and calls with their marks, included; but for special tokens."""
     token_ids: list[int]
     finish_reason: FinishReason
     stats: GenerationStats
@@ -121,8 +122,10 @@ class Output:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
         scores = {} if self.logprobs is None else {"logprobs": [s._asdict() for s in self.logprobs]}
+        message = {} if self.message is None else {"message": self.message}
         return {
             "text": self.text,
+            **message,
             "token_ids": self.token_ids,
             "finish_reason": str(self.finish_reason),
             **scores,

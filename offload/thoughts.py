@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -29,18 +28,9 @@ CHANNEL, START, MESSAGE = "<|channel|>", "<|start|>", "<|message|>"
 
 LATEST = 16
 """Last tokens of a prompt that tell what it has begun: no tokenizer needs more for it."""
-_FINAL_BEGUN = re.compile(r"<\|channel\|>\s*final\b[^<]*(<\|constrain\|>[^<]*)?<\|message\|>")
 
 
 def opened_thought(tokenizer: Any, ids: Sequence[int]) -> ThoughtMarks | None:
     """The marks of the thought inside which a prompt of these ids ends, as with some templates."""
     end = tokenizer.decode(ids[-LATEST:]).rstrip()
     return next((marks for marks in (THINK, GEMMA, MISTRAL) if end.endswith(marks.begin.rstrip())), None)
-
-
-def before_answer(tokenizer: Any, ids: Sequence[int]) -> re.Pattern[str] | None:
-    """What an answer to a prompt of these ids has in front of its content; None: nothing known."""
-    if thought := opened_thought(tokenizer, ids):
-        return re.compile(re.escape(thought.closing))
-    begins_message = tokenizer.decode(ids[-LATEST:]).endswith(f"{START}assistant")
-    return _FINAL_BEGUN if begins_message else None

@@ -44,8 +44,7 @@ class Prompts:
     async def conversation(self, asked: ChatRequest) -> Shown[list[int]]:
         """Token ids of a conversation, and what of it was left out."""
         tools, messages = asked.offered_tools, asked.conversation()
-        if form := asked.form(self._answers):
-            await self._beside(lambda: self._model.check_form(form), 0)
+        form = asked.form(self._answers)
         context = self._model.plan.request.context
         room = answer_room(context, asked.most_tokens or self._most_tokens or context)
 
@@ -63,7 +62,10 @@ class Prompts:
                 return shorten(messages, encode, lambda ids: len(ids) + room <= context)
             return Shown(encode(messages), 0, 0)
 
-        return await self._beside(make, sum(len(message["content"] or "") for message in messages))
+        shown = await self._beside(make, sum(len(message["content"] or "") for message in messages))
+        if form:
+            await self._beside(lambda: self._model.check_form(form, shown.prompt), 0)
+        return shown
 
     async def text(self, prompt: str | list[int]) -> list[int]:
         """Token ids of a text to be continued."""

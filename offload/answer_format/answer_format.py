@@ -5,14 +5,23 @@ from __future__ import annotations
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 from moe_local.cache.errors import OptionError
 from moe_local.offload.answer_format.mark_tokens import MarkTokens
 from moe_local.offload.answer_format.piece import Parser
-from moe_local.offload.answer_format.template_needs import SWITCHES, TemplateNeeds
+from moe_local.offload.answer_format.template_needs import EFFORT, QUESTION, SWITCHES, TemplateNeeds
 
 Message = Mapping[str, Any]
+CALLED, RESULT = "probed_function", "probed_result"
+"""In a conversation that shows what the template does with calls."""
+CALLING: Message = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"id": CALLED, "type": "function", "function": {"name": CALLED, "arguments": "{}"}}],
+}
 
 
 def template_text(tokenizer: Any) -> str:
@@ -28,6 +37,8 @@ class AnswerFormat(ABC):
     """Marks that end an answer, beside the checkpoint's own end tokens..."""
     part_ends: tuple[str, ...] = ()
     """...and those that end a part of it only."""
+    thought_mark: str
+    """What a thought begins with."""
 
     def __init__(self, tokenizer: Any, tokens: MarkTokens) -> None:
         """`tokens`: of all of the format's marks."""
@@ -60,6 +71,11 @@ class AnswerFormat(ABC):
         """
 
     @abstractmethod
+    def leading(self, prompt_ids: Sequence[int]) -> str | None:
+        """Lark of an answer to a prompt, with all that may or has to come before what is demanded of it,
+        for which `@content` stands; None: nothing may."""
+
+    @abstractmethod
     def grammar(self, functions: Mapping[str, Any], schema: str | None = None) -> str:
         """Lark of a call of one of the functions, for `Model.generate(grammar=...)`.
 
@@ -74,18 +90,51 @@ class AnswerFormat(ABC):
         ids = self.call_ids(messages)
         return [self.needs.message(_with_ids(message, ids)) for message in messages]
 
+    def check_places(self, messages: Sequence[Message]) -> None:
+        """Raises OptionError for calls, and results of calls, that the chat template would leave out."""
+        for index, message in enumerate(messages):
+            called, result = bool(calls_of(message)), message.get("role") == "tool"
+            if (called and not self._shows[0]) or (result and not self._shows[1]):
+                what = "calls of tools" if called else "the result of a call"
+                raise OptionError(
+                    f"message {index} has {what}, for which this model's chat template has no place; leave "
+                    "calls and their results out, or load the model with another chat template"
+                )
+
+    @cached_property
+    def _shows(self) -> tuple[bool, bool]:
+        """Whether the chat template shows calls, and whether it shows results; what it refuses, it shows: the
+        refusal will say why."""
+        if (shown := self.shown_call()) is not None:
+            return CALLED in shown, RESULT in shown
+        alone = self.needs.rendered(self.messages([*QUESTION, CALLING, *QUESTION]))
+        return alone is None or CALLED in alone, True
+
+    def shown_call(self, variables: Mapping[str, Any] = MappingProxyType({})) -> str | None:
+        """A prompt of a call of CALLED with RESULT behind it; None where the chat template refuses it.
+
+        `variables`: of the template.
+        """
+        result = {"role": "tool", "tool_call_id": CALLED, "content": RESULT}
+        tools = self.tools([{"type": "function", "function": {"name": "other"}}])
+        return self.needs.rendered(self.messages([*QUESTION, CALLING, result]), tools, variables)
+
     def tools(self, tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]] | None:
         """Tools as the chat template wants them."""
         return None if tools is None else [self.needs.tool(tool) for tool in tools]
 
     def thinking(self, on: bool) -> dict[str, Any]:
-        """Variables of the chat template that turn thoughts on or off. Raises OptionError if it has none."""
-        if not self.needs.switches:
+        """What for `variables` turns thoughts on or off. Raises OptionError if the chat template cannot."""
+        if not self.needs.switches and not self.needs.effort_is_switch:
             raise OptionError(
                 f"thoughts cannot be turned {'on' if on else 'off'}: this model's chat template has no "
-                f"{' or '.join(SWITCHES)}; leave it to the model"
+                f"{', '.join(SWITCHES)} or {EFFORT} that does; leave it to the model"
             )
-        return dict.fromkeys(self.needs.switches, on)
+        return dict.fromkeys(self.needs.switches or SWITCHES[:1], on)
+
+    def variables(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Variables of the chat template as it wants them."""
+        return self.needs.variables(given)
 
     def call_id(self) -> str:
         """A new id for a call."""

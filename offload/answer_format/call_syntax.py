@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moe_local.cache.files import parse_json
@@ -13,6 +13,8 @@ from moe_local.offload.answer_format.parameters import Parameters
 from moe_local.offload.answer_format.piece import Call
 from moe_local.offload.forms import json_rule
 
+ANY_NAME, NAME = "any_parameter", "/[A-Za-z_][A-Za-z0-9_.\\-]*/"
+"""What stands for a parameter that may be called anything, and a term of Lark for that."""
 NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
@@ -52,6 +54,13 @@ class CallSyntax(ABC):
         """Lark of one call of the function `name` with parameters of `schema`: a rule called `call`, and
         others with names that begin like it."""
 
+    def written(self, calls: Sequence[Mapping[str, Any]]) -> str:
+        """Calls as the model writes them, for templates that leave them out; nothing where none does.
+
+        `calls`: OpenAI's, their arguments JSON text or what it says.
+        """
+        return ""
+
     def grammar_rules(self, name: str, schema: Any, call: str, marks: MarkTokens) -> list[str]:
         """The same with the marks of a run of calls around it."""
         if self.section is None:
@@ -85,19 +94,30 @@ class TaggedSyntax(CallSyntax):
         for number, (parameter, required) in enumerate(known.listed()):
             rule = f"{call}_{number}"
             arguments.append(rule if required else f"{rule}?")
-            opening, closing, tail = self.tags(parameter, marks)
-            rules.append(f"{rule}: {' '.join(opening)} {rule}_value")
-            rules += known.rules(parameter, f"{rule}_value", closing, tail, marks)
+            rules += self._argument(known, parameter, rule, marks)
+        free = known.of_any_name(ANY_NAME)
+        for parameter, _ in free.listed():
+            argument, *values = self._argument(free, parameter, f"{call}_free", marks)
+            arguments.append(f"{call}_free*")
+            rules += [argument.replace(ANY_NAME, f'" {NAME} "'), *values]
         before, behind = self.around(name, marks)
         return [f"{call}: {' '.join([*before, *arguments, *behind])}", *rules]
+
+    def _argument(self, known: Parameters, parameter: str, rule: str, marks: MarkTokens) -> list[str]:
+        opening, closing, tail = self.tags(parameter, marks, is_text=known.is_text(parameter))
+        values = known.rules(parameter, f"{rule}_value", closing, tail, marks)
+        return [f"{rule}: {' '.join(opening)} {rule}_value", *values]
 
     @abstractmethod
     def around(self, name: str, marks: MarkTokens) -> tuple[list[str], list[str]]:
         """Terms of Lark before and behind all arguments."""
 
     @abstractmethod
-    def tags(self, parameter: str, marks: MarkTokens) -> tuple[list[str], str, str]:
-        """Terms before an argument's value, the mark that closes it, and the text behind that."""
+    def tags(self, parameter: str, marks: MarkTokens, *, is_text: bool) -> tuple[list[str], str, str]:
+        """Terms before an argument's value, the mark that closes it, and the text behind that.
+
+        `is_text`: whether it stands there as it is, not as JSON.
+        """
 
 
 def text_term(text: str) -> str:

@@ -44,7 +44,7 @@ class Gemma(CallSyntax):
         notation = GemmaNotation(marks, text)
         values = ValueRules(notation, schema, call)
         names = sorted(Schema(schema).properties(schema), key=str.lower)  # as templates have them
-        members = values.members({name: notation.key(name) for name in names}, schema)
+        members = values.arguments({name: notation.key(name) for name in names}, notation.key(None))
         opening, closing = marks.term(self.opening), marks.term(self.closing)
         before = text_term(f"call:{name}{{")
         rule = f'{call}: {opening} {before} {members} "}}" {closing}'

@@ -15,11 +15,16 @@ class GemmaFormat(MarkedFormat):
     """The usual format but for the results of calls: a model's turn goes on behind them."""
 
     ends = ("<|tool_response>",)
+    told = "<|think|>"
+    """What a prompt with thoughts has in its system turn."""
 
     def __init__(self, tokenizer: Any) -> None:
         super().__init__(tokenizer, Gemma(), GEMMA)
         self._looks_ahead = "tool_call_id" in self._template
         """Whether the template itself, as newer ones do, looks for the results behind a message."""
+
+    def is_told_to_think(self, prompt_ids: Sequence[int]) -> bool:
+        return self.told in self.tokenizer.decode(list(prompt_ids))
 
     def messages(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
         shown: list[dict[str, Any]] = []

@@ -40,7 +40,7 @@ class Glm(TaggedSyntax):
     def around(self, name: str, marks: MarkTokens) -> tuple[list[str], list[str]]:
         return [marks.term(self.opening), text_term(name + self._break)], [marks.term(self.closing)]
 
-    def tags(self, parameter: str, marks: MarkTokens) -> tuple[list[str], str, str]:
+    def tags(self, parameter: str, marks: MarkTokens, *, is_text: bool) -> tuple[list[str], str, str]:
         key, key_end, value, value_end = self.inner
         between = [text_term(self._break)] if self._break else []
         opening = [marks.term(key), text_term(parameter), marks.term(key_end), *between, marks.term(value)]

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from moe_local.offload.answer_format.hermes import parse_call
 from moe_local.offload.answer_format.mistral import Mistral
 
 
@@ -14,3 +19,8 @@ class Granite(Mistral):
 
     def __init__(self) -> None:
         super().__init__(listed=True)
+
+    def written(self, calls: Sequence[Mapping[str, Any]]) -> str:
+        said = [call for given in calls if (call := parse_call(given["function"]))]
+        listed = [f'{{"name": {json.dumps(c["name"])}, "arguments": {c["arguments"] or "{}"}}}' for c in said]
+        return f"{self.opening}[{', '.join(listed)}]"

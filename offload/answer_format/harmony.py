@@ -19,8 +19,10 @@ from moe_local.offload.answer_format.harmony_parser import (
 from moe_local.offload.answer_format.mark_tokens import MarkTokens
 from moe_local.offload.answer_format.piece import Parser
 from moe_local.offload.forms import json_rule
-from moe_local.offload.thoughts import CHANNEL, MESSAGE, START
+from moe_local.offload.thoughts import CHANNEL, LATEST, MESSAGE, START
 
+THOUGHT = "thought"
+"""The rule of an analysis."""
 HEADER_TOKENS = 64
 """More than any header has, tokenized however."""
 
@@ -29,6 +31,7 @@ class HarmonyFormat(AnswerFormat):
     """Messages in channels; thoughts, content and calls are told apart by their headers."""
 
     ends, part_ends = (RETURN, CALL), (END,)
+    thought_mark = CHANNEL
 
     def __init__(self, tokenizer: Any) -> None:
         marks = (CHANNEL, START, MESSAGE, END, CALL, RETURN, CONSTRAIN)
@@ -53,21 +56,44 @@ class HarmonyFormat(AnswerFormat):
         header, begun, _ = text.partition(MESSAGE)
         return header + begun
 
-    def grammar(self, functions: Mapping[str, Any], schema: str | None = None) -> str:
-        """Of all of the answer, not only of its last message, since a call has a header of its own: its
-        mention of CHANNEL tells GrammarMask so."""
+    def leading(self, prompt_ids: Sequence[int]) -> str | None:
+        """Perhaps an analysis, and the header of the final message."""
+        begun = self._begun(prompt_ids)
+        header, has_text, _ = begun.partition(MESSAGE)
+        thinks = "analysis" in header.partition(CHANNEL)[2]
+        if (has_text and not thinks) or not (has_text or self._begins_message(prompt_ids)):
+            return None
+        before = f"{THOUGHT}_text" if has_text else f"{THOUGHT}?"
+        return "\n".join([f"start: {before} final @content", *self._channel_rules()])
+
+    def _begins_message(self, prompt_ids: Sequence[int]) -> bool:
+        end: str = self.tokenizer.decode(list(prompt_ids[-LATEST:]))
+        return end.endswith(START + ASSISTANT)
+
+    def _channel_rules(self) -> list[str]:
+        """Lark of an analysis up to the next message, and of the header of the final one."""
         channel, message, end, start, constrain = map(
             self.tokens.term, (CHANNEL, MESSAGE, END, START, CONSTRAIN)
         )
+        return [
+            f'{THOUGHT}: {channel} "analysis" {message} {THOUGHT}_text',
+            f'{THOUGHT}_text: /(?s:.*)/ {end} {start} "{ASSISTANT}"',
+            f'json_next: " "? {constrain} "json" | " json"',
+            f'final: {channel} "final" json_next? {message}',
+        ]
+
+    def grammar(self, functions: Mapping[str, Any], schema: str | None = None) -> str:
+        """Of all of the answer, not only of its last message, since a call has a header of its own: that its
+        first line names CHANNEL says so."""
+        channel, message = map(self.tokens.term, (CHANNEL, MESSAGE))
         calls = [f"call_{number}" for number in range(len(functions))]
         rules = [
             f"// from {CHANNEL} on",
-            f"start: thought? ({' | '.join(calls + ['json'] * (schema is not None))})",
-            f'thought: {channel} "analysis" {message} /(?s:.*)/ {end} {start} "{ASSISTANT}"',
-            f'json_next: " "? {constrain} "json" | " json"',
+            f"start: {THOUGHT}? ({' | '.join(calls + ['json'] * (schema is not None))})",
+            *self._channel_rules(),
         ]
         if schema is not None:
-            rules += [f'json: {channel} "final" json_next? {message} schema', f"schema: {schema}"]
+            rules += ["json: final schema", f"schema: {schema}"]
         for call, (name, parameters) in zip(calls, functions.items(), strict=True):
             to = text_term(f" to={FUNCTIONS}{name}")
             rules += [

@@ -32,5 +32,5 @@ class MiniMax(TaggedSyntax):
     def around(self, name: str, marks: MarkTokens) -> tuple[list[str], list[str]]:
         return [text_term(f'\n{self.opening}"{name}">\n')], [text_term(f"{self.closing}\n")]
 
-    def tags(self, parameter: str, marks: MarkTokens) -> tuple[list[str], str, str]:
+    def tags(self, parameter: str, marks: MarkTokens, *, is_text: bool) -> tuple[list[str], str, str]:
         return [text_term(f'<parameter name="{parameter}">')], "</parameter>", "\n"

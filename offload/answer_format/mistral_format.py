@@ -9,12 +9,19 @@ from collections.abc import Sequence
 
 from moe_local.offload.answer_format.answer_format import Message, calls_of
 from moe_local.offload.answer_format.marked import MarkedFormat
+from moe_local.offload.answer_format.template_needs import NONE
 
 ID = re.compile(r"[A-Za-z0-9]{9}")
+SETTINGS = re.compile(r"\[MODEL_SETTINGS\](.*?)\[/MODEL_SETTINGS\]", re.DOTALL)
+"""Where templates say, far in front of the question, whether to think."""
 
 
 class MistralFormat(MarkedFormat):
-    """The usual format but for the ids."""
+    """The usual format but for the ids, and for where a prompt turns thoughts off."""
+
+    def is_told_to_think(self, prompt_ids: Sequence[int]) -> bool:
+        said = SETTINGS.search(self.tokenizer.decode(list(prompt_ids)))
+        return said is None or f'"{NONE}"' not in said[1]
 
     def call_id(self) -> str:
         return uuid.uuid4().hex[:9]

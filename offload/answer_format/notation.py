@@ -42,6 +42,14 @@ class ValueRules:
         self._named: dict[str, str] = {}
         """The rule of what each reference in the schema leads to, which may refer to itself."""
 
+    def arguments(self, keys: Mapping[str, str], any_key: str) -> str:
+        """A term of all arguments, as `members` has it; of any, each with `any_key` in front of its value,
+        where the schema names none and allows them."""
+        values = self._schema.additional(self._schema.root)
+        if values is None:
+            return self.members(keys, self._schema.root)
+        return self._any_number(f"{any_key} {self.value(values, 1)}")
+
     def members(self, keys: Mapping[str, str], schema: Any, depth: int = 0) -> str:
         """A term of an object's properties with commas between them, without what stands around them.
 
@@ -94,15 +102,19 @@ class ValueRules:
                 keys = {name: notation.key(name) for name in properties}
                 return f'"{{" {self.members(keys, schema, depth)} "}}"'
             case "object":
-                return self._object(self._anything())
+                if schema.get("additionalProperties") is False:
+                    return '"{}"'
+                return self._object(self.value(self._schema.additional(schema), depth + 1))
         return self._anything()
 
     def _list(self, item: str) -> str:
-        return self._rule(f'"[" ({item} ({self._notation.comma} {item})*)? "]"')
+        return self._rule(f'"[" {self._any_number(item)} "]"')
 
     def _object(self, value: str) -> str:
-        member = f"{self._notation.key(None)} {value}"
-        return self._rule(f'"{{" ({member} ({self._notation.comma} {member})*)? "}}"')
+        return self._rule(f'"{{" {self._any_number(f"{self._notation.key(None)} {value}")} "}}"')
+
+    def _any_number(self, item: str) -> str:
+        return f"({item} ({self._notation.comma} {item})*)?"
 
     def _anything(self) -> str:
         if not self._any:

@@ -24,6 +24,13 @@ class Parameters:
         self._schema = Schema(schema)
         self._properties = self._schema.properties(schema)
 
+    def of_any_name(self, name: str) -> Parameters:
+        """With one parameter of this name that stands for all, where the schema names none and allows any;
+        else without a parameter."""
+        values = self._schema.additional(self._schema.root)
+        named = {} if values is None else {name: values}
+        return Parameters(self._schema.with_definitions({"properties": named}))
+
     def listed(self) -> Iterator[tuple[str, bool]]:
         """Each parameter, and whether it is required."""
         return ((name, required) for name, (_, required) in self._properties.items())
@@ -42,11 +49,15 @@ class Parameters:
             return text
         return value
 
+    def is_text(self, name: str) -> bool:
+        """Whether the grammar has an argument as a string without quotes."""
+        return "string" in self._schema.kinds(self._properties[name][0])
+
     def rules(self, name: str, rule: str, closing: str, tail: str, marks: MarkTokens) -> list[str]:
         """Lark of an argument's value and of the mark `closing` and the text `tail` behind it."""
         schema, _ = self._properties[name]
         end = f"{marks.term(closing)} {json.dumps(tail)}" if tail else marks.term(closing)
-        if "string" not in self._schema.kinds(schema):
+        if not self.is_text(name):
             whole = self._schema.with_definitions(schema)
             return [f"{rule}: {rule}_json {end}", f"{rule}_json: {json_rule(whole)}"]
         choices = self._schema.choices(schema)

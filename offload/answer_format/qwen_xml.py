@@ -36,5 +36,5 @@ class QwenXml(TaggedSyntax):
         before = [marks.term(self.opening), text_term(f"\n<function={name}>\n")]
         return before, [text_term("</function>\n"), marks.term(self.closing)]
 
-    def tags(self, parameter: str, marks: MarkTokens) -> tuple[list[str], str, str]:
+    def tags(self, parameter: str, marks: MarkTokens, *, is_text: bool) -> tuple[list[str], str, str]:
         return [text_term(f"<parameter={parameter}>\n")], "\n</parameter>\n", ""

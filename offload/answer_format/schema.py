@@ -43,6 +43,17 @@ class Schema:
             return {}
         return {str(name): (part, name in required) for name, part in properties.items()}
 
+    def additional(self, schema: Any) -> Any:
+        """The schema of an object's values where it names no properties, but allows any; None: it does not.
+
+        `"properties": {}` alone is how one says that there are none.
+        """
+        found = self.resolved(schema)
+        said = found.get("additionalProperties", "properties" not in found)
+        if not found or self.properties(schema) or said is False:
+            return None
+        return said if isinstance(said, Mapping) else {}
+
     def choices(self, schema: Any) -> list[Any] | None:
         """The values among which a schema leaves the choice; None where it does not list them."""
         found = self.resolved(schema)

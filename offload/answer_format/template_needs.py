@@ -19,6 +19,9 @@ CALL_ID = "probe1234"
 
 SWITCHES = ("enable_thinking", "thinking")
 """Variables that turn thoughts on and off: of Qwen3, GLM and others; of DeepSeek-V3.1 and others."""
+EFFORT, MOST, NONE = "reasoning_effort", "high", "none"
+"""The variable of gpt-oss and others for how long to think; of Mistral for whether to: `high` or `none`."""
+QUESTION = [{"role": "user", "content": "a"}]
 
 
 class _Found(NamedTuple):
@@ -55,14 +58,43 @@ class TemplateNeeds:
         return {**tool, "function": {**usual, **{k: v for k, v in function.items() if v is not None}}}
 
     @cached_property
+    def shows_calls(self) -> bool:
+        """Whether it has a place for calls of a conversation."""
+        shown = self._render(*self._found)
+        return shown is None or NAME in shown
+
+    @cached_property
     def switches(self) -> tuple[str, ...]:
         """Those of SWITCHES that make a difference."""
-        question = [{"role": "user", "content": "a"}]
         shown = {
-            name: [self._rendered(question, variables={name: on}) for on in (True, False)]
-            for name in SWITCHES
+            name: [self.rendered(QUESTION, variables={name: on}) for on in (True, False)] for name in SWITCHES
         }
         return tuple(name for name, (on, off) in shown.items() if on != off)
+
+    @cached_property
+    def effort_is_switch(self) -> bool:
+        """Whether an effort of `none` turns thoughts off: with it the template does what it does without any,
+        and with another something else."""
+        usual, off, on = (
+            self.rendered(QUESTION, variables=given) for given in ({}, {EFFORT: NONE}, {EFFORT: MOST})
+        )
+        return usual == off != on
+
+    def variables(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Variables of the template, with an effort for what they say otherwise where it has to be one.
+
+        An effort that the template refuses counts as `high`: all but `none` are to think.
+        """
+        effort = given.get(EFFORT)
+        told = [given[name] for name in SWITCHES if isinstance(given.get(name), bool)]
+        if self.effort_is_switch and told:
+            effort = NONE if False in told else effort or MOST
+        if effort is not None and not self._takes(effort) and self._takes(MOST):
+            effort = MOST
+        return dict(given) if effort is None else {**given, EFFORT: effort}
+
+    def _takes(self, effort: Any) -> bool:
+        return self.rendered(QUESTION, variables={EFFORT: effort}) is not None
 
     @cached_property
     def thought_key(self) -> str:
@@ -100,8 +132,7 @@ class TemplateNeeds:
 
     @cached_property
     def _takes_bare_tools(self) -> bool:
-        question = {"role": "user", "content": "a"}
-        return self._rendered([question], _tool({"name": NAME})) is not None
+        return self.rendered(QUESTION, _tool({"name": NAME})) is not None
 
     def _render(
         self, as_text: bool, content: str | None, said: Mapping[str, str] = MappingProxyType({})
@@ -109,22 +140,22 @@ class TemplateNeeds:
         function = {"name": NAME, "arguments": ARGUMENTS if as_text else json.loads(ARGUMENTS)}
         call = {"id": CALL_ID, "type": "function", "function": function}
         parameters = {"type": "object", "properties": {}}
-        return self._rendered(
+        return self.rendered(
             [
-                {"role": "user", "content": "a"},
+                *QUESTION,
                 {"role": "assistant", "content": content, "tool_calls": [call], **said},
                 {"role": "tool", "tool_call_id": CALL_ID, "name": NAME, "content": "a"},
             ],
             _tool({"name": "other", "description": "a", "parameters": parameters}),
         )
 
-    def _rendered(
+    def rendered(
         self,
         messages: list[dict[str, Any]],
         tools: list[dict[str, Any]] | None = None,
         variables: Mapping[str, Any] = MappingProxyType({}),
     ) -> str | None:
-        """None where the template refuses."""
+        """A prompt of messages and tools as the template wants them; None where it refuses."""
         try:
             return str(
                 self._tokenizer.apply_chat_template(

@@ -19,13 +19,9 @@ import torch
 from transformers.generation.logits_process import LogitsProcessor
 
 from moe_local.cache.errors import OptionError, first_line
-from moe_local.offload.thoughts import before_answer
 
 KEPT = 64
 """Compiled grammars that are kept for each tokenizer, those used last."""
-
-LOOKED_BACK = 16
-"""Last tokens in which the marks before an answer are searched: no tokenizer needs more for them."""
 
 logger = logging.getLogger(__name__)
 
@@ -93,9 +89,7 @@ def matcher(tokenizer: Any, grammar: str, vocabulary: int) -> Any:
 class GrammarMask(LogitsProcessor):  # type: ignore[misc]
     """Sets the scores of tokens that the grammar does not allow to -inf. Serves one sequence.
 
-    Where the prompt ends inside a thought (`<think>`), nothing is masked until the thought is closed, and
-    where it begins messages in channels, nothing until the final one. If something else forces a token
-    against the grammar, the answer ends after it.
+    If something else forces a token against the grammar, the answer ends after it.
     """
 
     def __init__(
@@ -106,32 +100,22 @@ class GrammarMask(LogitsProcessor):  # type: ignore[misc]
         *,
         vocabulary: int,
         ends: frozenset[int],
-        whole: bool = False,
     ) -> None:
-        """`ends`: the tokens that end an answer. `whole`: whether to mask from the first token on. Raises
+        """`grammar`: of all that follows the prompt. `ends`: the tokens that end an answer. Raises
         OptionError as `matcher`, and if `ends` is empty."""
         if not ends:
             raise OptionError(
                 "a schema or grammar needs a token that ends the answer, and there is none; give eos_token_id"
             )
         self._matcher = matcher(tokenizer, grammar, vocabulary)
-        self._tokenizer = tokenizer
         self._ends = sorted(ends)
-        self._prompt_len = self._seen = len(prompt_ids)
-        self._before = None if whole else before_answer(tokenizer, prompt_ids)
-        """What has to come before anything is masked; None once it has."""
+        self._seen = len(prompt_ids)
         self._lost = False
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """input_ids [1, length], scores [1, vocabulary] -> masked scores; the given ones are not changed."""
         new = input_ids[0, self._seen :].tolist()
         self._seen += len(new)
-        if self._before is not None:
-            latest = input_ids[0, max(self._prompt_len, self._seen - LOOKED_BACK) :].tolist()
-            if not self._before.search(self._tokenizer.decode(latest)):
-                return scores
-            self._before = None
-            return self._masked(scores)
         for token in new:
             if not self._lost and not self._matcher.consume_token(token):
                 self._lose(f"token {token} was chosen all the same")

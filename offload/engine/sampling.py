@@ -25,13 +25,14 @@ from transformers.generation.logits_process import (
 )
 
 from moe_local.cache.errors import OptionError, shown
+from moe_local.offload.answer_format.answer_format import AnswerFormat
+from moe_local.offload.answer_format.choose import answer_format
 from moe_local.offload.engine.grammar import GrammarMask
 from moe_local.offload.engine.penalties import Penalties, check_bias
 from moe_local.offload.engine.stops import AnswerStops, Stops, TensorStops, stop_strings
-from moe_local.offload.forms import json_grammar, lark_grammar
+from moe_local.offload.forms import json_grammar, lark_grammar, led_grammar
 from moe_local.offload.gpu.capturing import alone
 from moe_local.offload.ranges import RANGES, check_range
-from moe_local.offload.thoughts import CHANNEL
 
 DEFAULTS = GenerationConfig()
 DEFAULT_MAX_NEW_TOKENS = 512
@@ -41,7 +42,8 @@ a number may overflow."""
 LIMITS = frozenset({"max_new_tokens", "max_length"})
 SAMPLING_OPTIONS = frozenset({"temperature", "top_k", "top_p", "min_p", "typical_p"})
 FLOAT_OPTIONS = SAMPLING_OPTIONS - {"top_k"} | {"repetition_penalty", "encoder_repetition_penalty"}
-SHAPING = frozenset({"frequency_penalty", "presence_penalty", "logit_bias", "json_schema", "grammar"})
+FORMS = frozenset({"json_schema", "grammar"})
+SHAPING = frozenset({"frequency_penalty", "presence_penalty", "logit_bias"}) | FORMS
 """Options that the engine supports and transformers' generate does not."""
 OWN_OPTIONS = frozenset({"seed", "tokenizer", "generation_config", "attention_mask", "logprobs"}) | SHAPING
 BEYOND_OUR_LOOP = frozenset(
@@ -202,6 +204,8 @@ def input_device(hf: Any) -> torch.device:
 def make_settings(
     hf: Any,
     prompt_ids: Ids[int],
+    answers: AnswerFormat | None = None,
+    /,
     *,
     tokenizer: Any = None,
     seed: int | None = None,
@@ -212,8 +216,9 @@ def make_settings(
 ) -> Settings:
     """Settings of one sequence. `padding`: padding tokens before it in a batch, which count for max_length.
 
-    `tokenizer` is needed for stop_strings only, which with `stops_in_prompt` may begin in the prompt, as in
-    transformers. Raises OptionError for unknown options and bad values.
+    `tokenizer` is needed for stop_strings, which with `stops_in_prompt` may begin in the prompt, as in
+    transformers, and for json_schema and grammar. `answers`: how the model writes what comes before these;
+    None: as the tokenizer's chat template says. Raises OptionError for unknown options and bad values.
     """
     check_options(hf, options)
     check_range("seed", seed)
@@ -239,7 +244,7 @@ def make_settings(
         )
         _check_ids(config, processors, vocabulary_size(hf))
         # These come before processors such as top_p, which might otherwise keep only tokens that are masked.
-        processors[:0] = _shaping(hf, prompt_ids, tokenizer, config, options)
+        processors[:0] = _shaping(hf, prompt_ids, tokenizer, answers, config, options)
         return Settings(
             max_new_tokens=max_new_tokens,
             eos_ids=frozenset() if eos is None else frozenset(eos.tolist()),
@@ -282,7 +287,12 @@ def vocabulary_size(hf: Any) -> int:
 
 
 def _shaping(
-    hf: Any, prompt_ids: Ids[int], tokenizer: Any, config: Any, options: Mapping[str, Any]
+    hf: Any,
+    prompt_ids: Ids[int],
+    tokenizer: Any,
+    answers: AnswerFormat | None,
+    config: Any,
+    options: Mapping[str, Any],
 ) -> list[Any]:
     """The processors for the options in SHAPING."""
     vocabulary = vocabulary_size(hf)
@@ -291,25 +301,30 @@ def _shaping(
     bias = check_bias(options.get("logit_bias") or {}, vocabulary)
     if frequency or presence or bias:
         shaping.append(Penalties(len(prompt_ids), frequency=frequency, presence=presence, bias=bias))
-    if (grammar := form(options)) is not None:
+    if any(options.get(name) is not None for name in FORMS):
+        grammar = form(options, prompt_ids, answers or answer_format(tokenizer))
+        assert grammar is not None
         if config.min_length or config.min_new_tokens:
             raise OptionError("min_length cannot be combined with json_schema or grammar; leave one out")
         eos = config._eos_token_tensor
         ends = frozenset() if eos is None else frozenset(eos.tolist())
-        whole = CHANNEL in (options.get("grammar") or "")  # it says itself what the channels have
-        mask = GrammarMask(tokenizer, grammar, prompt_ids, vocabulary=vocabulary, ends=ends, whole=whole)
-        shaping.append(mask)
+        shaping.append(GrammarMask(tokenizer, grammar, prompt_ids, vocabulary=vocabulary, ends=ends))
     return shaping
 
 
-def form(options: Mapping[str, Any]) -> str | None:
-    """The form that `json_schema` or `grammar` demands of an answer, as llguidance's grammar; None: any."""
+def form(options: Mapping[str, Any], prompt_ids: Ids[int], answers: AnswerFormat) -> str | None:
+    """The form that `json_schema` or `grammar` demands of an answer to a prompt, and the model's way to
+    answer of what comes before that, as llguidance's grammar; None: any."""
     schema, lark = options.get("json_schema"), options.get("grammar")
+    if schema is None and lark is None:
+        return None
     if schema is not None and lark is not None:
         raise OptionError("json_schema and grammar cannot be combined; leave one out")
-    if schema is not None:
-        return json_grammar(schema)
-    return None if lark is None else lark_grammar(lark)
+    content = json_grammar(schema) if lark is None else lark_grammar(lark)
+    if lark is not None and answers.thought_mark in lark.strip().partition("\n")[0]:
+        return content  # it says itself what comes before
+    lead = answers.leading(prompt_ids)
+    return content if lead is None else led_grammar(lead, content)
 
 
 def without_shaping(options: Mapping[str, Any]) -> dict[str, Any]:

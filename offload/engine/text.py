@@ -82,7 +82,7 @@ def encode_prompt(
     _check_items(items)
     messages = check_messages(items)
     if not (template and has_template):
-        raise OptionError(f"a conversation needs a chat template, and {_why_raw(template)}; give plain text")
+        raise OptionError(f"a conversation needs a chat template, and {_why_raw(template)}")
     return _encode_chat(tokenizer, messages, tools, variables, answers)
 
 
@@ -105,7 +105,9 @@ def _check_unused(tools: object, variables: object, prompt: str) -> None:
 
 
 def _why_raw(template: bool) -> str:
-    return "this tokenizer has none" if template else "template=False turns it off"
+    if not template:
+        return "template=False turns it off; give plain text"
+    return "this tokenizer has none; load the model with one, or give plain text"
 
 
 def _is_id(item: object) -> bool:
@@ -140,6 +142,8 @@ def _encode_chat(
             "the conversation ends with calls of tools; give their results behind them, as messages of the "
             "role tool"
         )
+    if answers is not None:
+        answers.check_places(messages)
     try:
         ids = tokenizer.apply_chat_template(
             messages if answers is None else answers.messages(messages),
@@ -149,7 +153,7 @@ def _encode_chat(
             tokenize=True,
             return_dict=False,
             tokenizer_kwargs={"verbose": False},  # too long a prompt is refused in better words
-            **variables,
+            **(variables if answers is None else answers.variables(variables)),
         )
     except Exception as error:  # a template is a program, and raises what it likes
         roles = ", ".join(message["role"] for message in messages)

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import moe_local
 from moe_local.offload.answer_format.choose import answer_format
 from moe_local.offload.engine.text import encode_prompt
 from moe_local.offload.message import MessageReader
-from support.chat_templates import DIALECTS, THINKING, tokenizer_of
+from support.chat_templates import DIALECTS, HYBRID, THINKING, tokenizer_of
 
 QUESTION = {"role": "user", "content": "Will it rain?"}
 CITY = {"type": "object", "properties": {"city": {"enum": ["Graz"]}}, "required": ["city"]}
@@ -37,6 +38,7 @@ def test_a_call_goes_into_the_conversation_and_its_result_behind_it(
     grammar = model.answers.grammar({"weather": CITY})
     output = model.generate([QUESTION], tools=TOOLS, grammar=grammar, max_new_tokens=400, eos_token_id=2)
     assert output.message is not None
+    assert output.to_dict()["message"] == output.message
     (call,) = output.message["tool_calls"]
     assert call["function"]["name"] == "weather"
     assert json.loads(call["function"]["arguments"]) == {"city": "Graz"}
@@ -72,11 +74,35 @@ def test_a_thought_is_not_in_the_content() -> None:
     assert len(quiet) < len(prompt)
 
 
+def test_json_behind_a_thought_is_the_content_of_the_message_and_the_end_of_the_text(
+    model: moe_local.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model, "tokenizer", tokenizer_of(HYBRID))
+    begin, end = (model.answers.tokens.ids[mark] for mark in ("<think>", "</think>"))
+    drawn = {"temperature": 1.0, "seed": 2, "max_new_tokens": 300}
+    options = {"logit_bias": {begin: 100, end: 4}, "json_schema": CITY, **drawn}
+    output = model.generate([QUESTION], eos_token_id=2, **options)
+    assert output.message is not None
+    assert json.loads(output.message["content"]) == {"city": "Graz"}
+    assert output.message["reasoning_content"]
+    assert output.text.startswith("<think>")
+    assert output.text.endswith(output.message["content"])
+    quiet = model.generate(
+        [QUESTION], eos_token_id=2, chat_template_kwargs={"enable_thinking": False}, **options
+    )
+    assert json.loads(quiet.text) == {"city": "Graz"}
+    ids = model.stream([QUESTION]).prompt_ids
+    rows = model.generate(torch.tensor([ids]), eos_token_id=2, **options)
+    assert rows[0, len(ids)] == begin, "as ids, too"
+
+
 def test_without_a_tokenizer_there_is_no_message(
     model: moe_local.Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(model, "tokenizer", None)
-    assert model.generate([1, 2, 3], max_new_tokens=2).message is None
+    output = model.generate([1, 2, 3], max_new_tokens=2)
+    assert output.message is None
+    assert "message" not in output.to_dict()
 
 
 def test_a_template_that_is_changed_is_another_format(model: moe_local.Model) -> None:

@@ -84,7 +84,10 @@ GEMMA_CALLS = (
 GEMMA_THOUGHT = (
     "{% if m.tool_calls and m.reasoning %}<|channel>thought\n{{ m.reasoning }}<channel|>{% endif %}"
 )
-GEMMA_TOOLS = "{% for t in tools or [] %}[{{ t.function.name }}]{% endfor %}"
+GEMMA_TOOLS = (
+    "{{ '<|think|>' if enable_thinking | default(false) }}"
+    "{% for t in tools or [] %}[{{ t.function.name }}]{% endfor %}"
+)
 GEMMA_END = (  # a model's turn goes on behind results
     "{% if add_generation_prompt %}{{ '<assistant>' if not ns.open }}"
     "{{ '<|channel>thought\n<channel|>' if not enable_thinking | default(false) }}{% endif %}"
@@ -120,6 +123,7 @@ LFM = (
     "{% endfor %}){{ ', ' if not loop.last }}{% endfor %}]<|tool_call_end|>{% endif %}" + END
 )
 OLD_LFM = "{{ '<|tool_list_start|>' if tools }}" + TURNS + "{{ m.content }}" + END
+OLD_GRANITE = "{# <|tool_call|> #}" + TURNS + "{{ m.content }}" + END
 GRANITE = (
     TURNS
     + "{{ m.content }}{% if m.tool_calls %}<|tool_call|>["
@@ -140,6 +144,15 @@ NEW_MISTRAL = (
     TURNS + "{{ m.content }}" + CALLS + IDS + "[TOOL_CALLS]{{ f.name }}[ARGS]"
     "{{ f.arguments if f.arguments is string else f.arguments | tojson }}{% endfor %}" + END
 )
+MISTRAL_4 = (  # which says far in front whether to think, and takes no other effort
+    "{% set effort = reasoning_effort if reasoning_effort is defined and reasoning_effort else 'none' %}"
+    "{% if effort not in ['none', 'high'] %}{{ raise_exception('must be none or high') }}{% endif %}"
+    """[MODEL_SETTINGS]{"reasoning_effort": "{{ effort }}"}[/MODEL_SETTINGS]"""
+    + NEW_MISTRAL.replace(
+        "{{ m.content }}",
+        "{{ '[THINK]' + m.reasoning_content + '[/THINK]' if m.reasoning_content }}{{ m.content }}",
+    )
+)
 HARMONY = (  # as strict as the published one, and with its notions of what is a thought
     "<|start|>system<|message|>Valid channels: analysis, commentary, final.<|end|>"
     "{% for t in tools or [] %}{{ '// ' + t.function.description }} type {{ t.function.name }}"
@@ -158,6 +171,27 @@ HARMONY = (  # as strict as the published one, and with its notions of what is a
     "{% else %}<|start|>{{ m.role }}<|message|>"
     "{{ m.content }}<|end|>{% endif %}{% endfor %}{% if add_generation_prompt %}<|start|>assistant{% endif %}"
 )
+DSML = (  # as published for V3.2, but as a template
+    TURNS
+    + "{{ m.content }}{{ '\n\n<｜DSML｜function_calls>\n' if m.tool_calls }}"
+    + CALLS
+    + """{{ '<｜DSML｜invoke name="' + f.name + '">\n' }}{% for k, v in f.arguments.items() %}"""
+    """<｜DSML｜parameter name="{{ k }}" string="{{ 'true' if v is string else 'false' }}">"""
+    "{{ v if v is string else v | tojson }}{{ '</｜DSML｜parameter>\n' }}{% endfor %}"
+    "{{ '</｜DSML｜invoke>\n' }}{% endfor %}{{ '</｜DSML｜function_calls>' if m.tool_calls }}" + END
+)
+LLAMA = "{# <|header_start|> #}" + TURNS + "{{ m.content }}"
+LLAMA_JSON = (
+    LLAMA + CALLS + '{"name": "{{ f.name }}", "parameters": {{ f.arguments | tojson }}}{% endfor %}' + END
+)
+LLAMA_PYTHON = (  # whose template has no way to write a number, or a quote within a string
+    "{# Use exact format: [func_name1(param1=value1, param2=value2), func_name2(...)] #}"
+    + LLAMA
+    + "{{ '[' if m.tool_calls }}"
+    + CALLS
+    + """{{ f.name }}({% for k in f.arguments %}{{ k }}="{{ f.arguments[k] }}"{{ ', ' if not loop.last }}"""
+    "{% endfor %}){{ ', ' if not loop.last }}{% endfor %}{{ ']' if m.tool_calls }}" + END
+)
 
 _TOOL_CALL = ("<tool_call>", "</tool_call>")
 _GLM = (*_TOOL_CALL, "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")
@@ -175,6 +209,9 @@ DIALECTS = {
     "fenced deepseek": Dialect(FENCED_DEEPSEEK, added=_DEEPSEEK),
     "mistral": Dialect(MISTRAL, special=("[TOOL_CALLS]",)),
     "new mistral": Dialect(NEW_MISTRAL, special=("[TOOL_CALLS]", "[ARGS]")),
+    "mistral 4": Dialect(MISTRAL_4, special=("[TOOL_CALLS]", "[ARGS]", "[THINK]", "[/THINK]")),
+    "dsml": Dialect(DSML, special=("｜DSML｜",)),
+    "dsml v4": Dialect(DSML.replace("function_calls", "tool_calls"), added=("｜DSML｜",)),
     "minimax": Dialect(MINIMAX, added=("<minimax:tool_call>", "</minimax:tool_call>")),
     "kimi": Dialect(
         KIMI,
@@ -187,6 +224,7 @@ DIALECTS = {
     "new gemma": Dialect(NEW_GEMMA, special=_GEMMA),
     "lfm": Dialect(LFM, special=_LFM),
     "old lfm": Dialect(OLD_LFM, special=_LFM),
+    "old granite": Dialect(OLD_GRANITE, special=("<|tool_call|>",)),
     "granite": Dialect(GRANITE, special=("<|tool_call|>",)),
     "harmony": Dialect(
         HARMONY,
@@ -197,10 +235,27 @@ DIALECTS = {
 }
 
 
+LLAMAS = {
+    "llama json": Dialect(LLAMA_JSON, special=("<|python_start|>", "<|python_end|>")),
+    "llama python": Dialect(LLAMA_PYTHON, special=("<|python_start|>", "<|python_end|>")),
+}
+"""Whose calls have no marks around them."""
+
 THINKING = Dialect(
     HERMES.replace("<assistant>", "<assistant>{{ '<think>\n' if enable_thinking | default(true) else '' }}")
 )
 """Whose prompts begin a thought, unless that is turned off."""
+HYBRID = Dialect(
+    HERMES.replace(
+        "{{ m.content }}",
+        "{{ '<think>\n' + m.reasoning_content + '\n</think>\n\n' if m.reasoning_content }}{{ m.content }}",
+    ).replace(
+        "<assistant>",
+        "<assistant>{{ '<think>\n\n</think>\n\n' if enable_thinking is defined and not enable_thinking }}",
+    ),
+    added=(*_TOOL_CALL, "<think>", "</think>"),
+)
+"""Whose models begin thoughts themselves, as Qwen3 does; with thoughts off, the prompt has an empty one."""
 
 
 def tokenizer_of(dialect: Dialect) -> Any:

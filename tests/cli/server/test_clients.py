@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
+import moe_local
 from moe_local.cli.server.connection import Connection
 
 QUESTION = [{"role": "user", "content": "What is a router?"}]
@@ -343,7 +344,16 @@ def test_bodies_that_nobody_would_write(server: Any) -> None:
         reply = server.http.post(f"{server.url}/v1/chat/completions", content=content, headers=headers)
         assert reply.status_code == 400
         assert reply.json()["error"]["message"]
-    messages = [*QUESTION, {"role": "assistant", "content": None, "tool_calls": [DEEP_CALL]}, *QUESTION]
-    assert ask(server, messages=messages, max_tokens=1)
     server.until_idle()
     ask(server)
+
+
+def test_arguments_that_are_nested_too_deeply(
+    serving: Any, model: moe_local.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = "{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}"
+    template = f"{{% for m in messages %}}{{{{ m.content }}}}{calls}{{% endfor %}}"
+    monkeypatch.setattr(model.tokenizer, "chat_template", template)
+    messages = [*QUESTION, {"role": "assistant", "content": None, "tool_calls": [DEEP_CALL]}, *QUESTION]
+    with serving(model) as server:
+        assert ask(server, messages=messages, max_tokens=1)

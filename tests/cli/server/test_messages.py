@@ -30,7 +30,8 @@ TEMPLATE = (
     "{% if reasoning_effort is defined %}[{{ reasoning_effort }}]{% endif %}"
     "{% for tool in tools or [] %}[{{ tool.function.name }}]{% endfor %}{% for m in messages %}"
     "<{{ m.role }}>{{ m.reasoning_content }}|{{ m.content }}|"
-    "{% for call in m.tool_calls or [] %}{{ call.function.arguments.city }},{% endfor %}{% endfor %}"
+    "{% for call in m.tool_calls or [] %}{% set f = call.function %}{{ f.name }} {{ f.arguments.city }},"
+    "{% endfor %}{% endfor %}"
 )
 CITY = {"type": "object", "properties": {"city": {"enum": ["Graz"]}}, "required": ["city"]}
 CITY |= {"additionalProperties": False}
@@ -196,7 +197,8 @@ def test_thoughts_text_and_calls(says: Any) -> None:
         {"role": "user", "content": results},
     ]
     again = ask(server, **{**asked, "messages": messages})
-    shown = f"[weather]<system>|Be brief.|<user>|{QUESTION}|<assistant>Where? Graz.|I look.\n|Graz,Linz,"
+    shown = f"[weather]<system>|Be brief.|<user>|{QUESTION}|<assistant>Where? Graz.|I look.\n"
+    shown += "|weather Graz,weather Linz,"
     assert script.prompts[-1] == shown + "<tool>|rain|<tool>|sun|<user>|So?|"
     counted = post(server, "/count_tokens", **{**asked, "messages": messages}).json()
     assert counted == {"input_tokens": again["usage"]["input_tokens"]}

@@ -24,7 +24,8 @@ ANSWER = "<think>Where? Graz.</think>\n\nI look.\n" + CALL % "Graz" + "\n" + CAL
 TEMPLATE = (
     "{% for tool in tools or [] %}[{{ tool.function.name }}]{% endfor %}{% for m in messages %}"
     "<{{ m.role }}>{{ m.reasoning_content }}|{{ m.content }}|"
-    "{% for call in m.tool_calls or [] %}{{ call.function.arguments.city }},{% endfor %}{% endfor %}"
+    "{% for call in m.tool_calls or [] %}{% set f = call.function %}{{ f.name }} {{ f.arguments.city }},"
+    "{% endfor %}{% endfor %}"
 )
 CITY = {"type": "object", "properties": {"city": {"enum": ["Graz"]}}, "required": ["city"]}
 CITY |= {"additionalProperties": False}
@@ -143,7 +144,8 @@ def test_thoughts_text_and_calls(
         outputs = [
             {"type": "function_call_output", "call_id": call["call_id"], "output": "rain"} for call in calls
         ]
-        shown = "[weather]<system>|Be brief.|<user>|Rain?|<assistant>Where? Graz.|I look.\n|Graz,Linz,"
+        shown = "[weather]<system>|Be brief.|<user>|Rain?|<assistant>Where? Graz.|I look.\n"
+        shown += "|weather Graz,weather Linz,"
         shown += "<tool>|rain|<tool>|rain|"
         ask(server, **{**asked, "input": [{"role": "user", "content": "Rain?"}, *whole["output"], *outputs]})
         assert says.prompts[-1] == shown

@@ -372,7 +372,8 @@ def test_tools(serving: Any, scripted: Any, model: moe_local.Model, monkeypatch:
     template = (
         "{% for tool in tools %}[{{ tool.function.name }}]{% endfor %}"
         "{% for m in messages %}{{ m.content }}"
-        "{% for call in m.tool_calls %}{{ call.function.arguments.city }}{% endfor %}{% endfor %}"
+        "{% for call in m.tool_calls %}{% set f = call.function %}{{ f.name }} {{ f.arguments.city }}"
+        "{% endfor %}{% endfor %}"
     )
     says = scripted(f"Let me look. {CALL}")
     with serving(says) as server:
@@ -392,10 +393,17 @@ def test_tools(serving: Any, scripted: Any, model: moe_local.Model, monkeypatch:
         assert choice.message.tool_calls is not None
         call: Any = choice.message.tool_calls[0]
         assert (call.function.name, json.loads(call.function.arguments)) == ("weather", {"city": "Graz"})
-        assert "[weather]What is a router?Linzrain" in says.prompts[0]
+        assert "[weather]What is a router?weather Linzrain" in says.prompts[0]
         stream = client.chat.completions.create(model="demo", messages=messages, tools=TOOLS, stream=True)
         calls: list[Any] = [c for chunk in stream for c in chunk.choices[0].delta.tool_calls or []]
         assert [(c.index, c.function.name) for c in calls] == [(0, "weather")]
+
+
+def test_calls_in_a_conversation_that_the_template_would_leave_out(client: openai.OpenAI) -> None:
+    called = {"id": "a", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+    said: Any = {"role": "assistant", "content": "Let me look.", "tool_calls": [called]}
+    with pytest.raises(openai.BadRequestError, match="message 1 has calls of tools, for which"):
+        client.chat.completions.create(model="demo", messages=[*QUESTION, said, *QUESTION])
 
 
 def test_an_earlier_answer_with_an_empty_list_of_calls() -> None:

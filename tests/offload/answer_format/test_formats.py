@@ -118,8 +118,9 @@ def test_several_calls_behind_a_thought_and_words(name: str, places: list[int], 
 @pytest.mark.parametrize("name", DIALECTS)
 def test_a_call_that_is_cut_off_is_left_out(name: str) -> None:
     answers = known(name)
-    text = written(answers, called())
-    opened = max(len(mark) for mark in (" to=", *answers.tokens.ids) if text.startswith(mark))
+    text = written(answers, called()).lstrip("\n")
+    marks = answers.syntax.marks if isinstance(answers, MarkedFormat) else (" to=",)
+    opened = max(len(mark) for mark in (*marks, *answers.tokens.ids) if text.startswith(mark))
     for at in range(opened, len(text)):
         reasoning, content, calls = read(parser_of(name), [text[:at]], cut=True)
         assert (reasoning, content) == ("", "")
@@ -132,7 +133,7 @@ def test_a_call_that_is_cut_off_is_left_out(name: str) -> None:
 def test_what_is_no_call_is_content(name: str, places: list[int]) -> None:
     text = written(known(name), called())
     broken = re.sub('(days"?[:=] ?)3', r"\g<1>3]", text).replace("<arg_value>", "<arg_worth>")
-    broken = broken.replace("<parameter", "<parameters")
+    broken = broken.replace("<parameter", "<parameters").replace("｜parameter ", "｜parameters ")
     assert broken != text
     reasoning, content, calls = read(parser_of(name), cut(broken, places))
     assert (reasoning, calls) == ("", [])
@@ -230,7 +231,9 @@ def test_arguments_with_tags_are_an_object_even_where_text_would_pass() -> None:
     """As Gemma 4's template has it, and repaired ones of GLM."""
     tags = "{% for k, v in f.arguments.items() %}<{{ k }}>{{ v }}{% endfor %}"
     both = f"{{% if f.arguments is mapping %}}{tags}{{% else %}}{{{{ f.arguments }}}}{{% endif %}}"
-    answers = answer_format(tokenizer_of(Dialect(f"{TURNS}{CALLS}{both}{{% endfor %}}{END}")))
+    answers = answer_format(
+        tokenizer_of(Dialect(f"{TURNS}{{{{ m.content }}}}{CALLS}{{{{ f.name }}}}{both}{{% endfor %}}{END}"))
+    )
     assert "<city>Graz" in asked(answers, called(given={"city": "Graz"}))
 
 
@@ -379,10 +382,111 @@ def test_what_the_text_of_an_argument_means(name: str, schema: Any, text: str, v
     assert found == {"name": "f", "arguments": {"p": value}}
 
 
+def test_deepseeks_arguments_say_themselves_whether_they_are_text() -> None:
+    answers = known("dsml")
+    functions = {"f": {"type": "object", "properties": {"n": {"type": "integer"}, "s": {"type": "string"}}}}
+    for said in ({"n": 5}, {"n": "5"}, {"s": "5"}, {"other": "[1]"}, {"other": [1, None]}):
+        (found,) = read(answers.parser([], functions=functions), [written(answers, called("f", said))])[2]
+        assert found["arguments"] == said
+    call = written(answers, called("f", {"n": 5, "s": "</b>"}))
+    for text, right in (
+        (call, True),
+        (call.replace(">5<", ">five<"), False),
+        (call.replace('name="n" string="false"', 'name="n" string="true"'), False),
+    ):
+        mask = matcher(answers.tokenizer, lark_grammar(answers.grammar(functions)), tiny_models.VOCAB)
+        ids = answers.tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert all(map(mask.consume_token, ids)) == right
+
+
 def test_schemas_that_are_none_are_refused() -> None:
     for name in ("hermes", "deepseek", "mistral", "kimi", "granite", "harmony"):
         with pytest.raises(OptionError, match="json_schema is of type str"):
             known(name).grammar({"f": "x"})
+
+
+def test_an_effort_turns_mistrals_thoughts_on_and_off() -> None:
+    """In words of others, too; and what says that they be off wins."""
+    answers = known("mistral 4")
+
+    def effort(**variables: Any) -> str:
+        ids = encode_prompt(answers.tokenizer, [QUESTION], variables=variables, answers=answers)
+        found = re.search('"reasoning_effort": "(.*?)"', answers.tokenizer.decode(ids))
+        return found[1] if found else ""
+
+    on, off = answers.thinking(True), answers.thinking(False)
+    assert (effort(), effort(**on), effort(**off)) == ("none", "high", "none")
+    for said in ("minimal", "medium", "xhigh", "high"):
+        assert effort(reasoning_effort=said) == "high"
+    assert effort(reasoning_effort="none") == "none"
+    assert effort(thinking=True) == "high"
+    assert effort(**{**off, **on}) == "high", "a request's word against the server's"
+    assert effort(enable_thinking=False, thinking=False, reasoning_effort="medium") == "none"
+    assert effort(**on, reasoning_effort="none") == "none"
+
+
+def test_an_effort_is_left_as_it_is_where_it_is_no_switch() -> None:
+    template = f"{{{{ reasoning_effort | default('medium') }}}}{DIALECTS['hermes'].template}"
+    answers = answer_format(tokenizer_of(DIALECTS["hermes"]._replace(template=template)))
+    for said in ("none", "low", "high"):
+        assert answers.variables({"reasoning_effort": said, "enable_thinking": True}) == {
+            "reasoning_effort": said,
+            "enable_thinking": True,
+        }
+    with pytest.raises(OptionError, match=r"^thoughts cannot be turned on: .* or reasoning_effort that does"):
+        answers.thinking(True)
+
+
+PLACELESS = {
+    "neither": "{% for m in messages if m.role in ['user', 'assistant'] %}{{ m.content }}{% endfor %}",
+    "no calls": f"{TURNS}{{{{ m.content }}}}{END}",
+    "no calls, and no such role": "{% for m in messages %}{{ m.content }}"
+    "{% if m.role == 'tool' %}{{ raise_exception('no such role') }}{% endif %}{% endfor %}",
+    "no results": f"{TURNS}{{{{ m.content if m.role != 'tool' }}}}{CALLS}{{{{ f.name }}}}{{% endfor %}}{END}",
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "place"), [("neither", 1), ("no calls", 1), ("no calls, and no such role", 1), ("no results", 2)]
+)
+def test_calls_and_results_that_a_template_would_leave_out_are_refused(name: str, place: int) -> None:
+    answers = answer_format(tokenizer_of(Dialect(PLACELESS[name])))
+    what = {1: "calls of tools", 2: "the result of a call"}[place]
+    calling = {"role": "assistant", "content": "I look.", "tool_calls": [called("now", {})]}
+    result = {"role": "tool", "tool_call_id": called()["id"], "content": "result"}
+    with pytest.raises(
+        OptionError, match=f"^message {place} has {what}, for which .* has no place; .*"
+    ) as said:
+        encode_prompt(answers.tokenizer, [QUESTION, calling, result], answers=answers)
+    assert "\n" not in str(said.value)
+    if place == 1:
+        with pytest.raises(OptionError, match=r"^message 1 has calls of tools"):
+            encode_prompt(answers.tokenizer, [QUESTION, calling, QUESTION], answers=answers)
+    plain = {"role": "assistant", "content": "No.", "tool_calls": []}
+    assert encode_prompt(answers.tokenizer, [QUESTION, plain, QUESTION], answers=answers)
+
+
+FREE = {"type": "object", "additionalProperties": {"type": "integer"}}
+
+
+@pytest.mark.parametrize("name", ["hermes", *TAGGED, "dsml", "gemma", "lfm", "harmony"])
+def test_a_function_without_named_parameters_takes_any(name: str) -> None:
+    answers = known(name)
+
+    def accepts(schema: Any, given: Any) -> bool:
+        mask = matcher(answers.tokenizer, lark_grammar(answers.grammar({"f": schema})), tiny_models.VOCAB)
+        text = written(answers, called("f", given))
+        ids = answers.tokenizer(text.removesuffix("<|call|>"), add_special_tokens=False)["input_ids"]
+        return all(map(mask.consume_token, ids)) and bool(mask.is_accepting())
+
+    for said in ({}, {"a": 1}, {"one_two": 1, "b": -2}):
+        assert accepts(FREE, said), said
+        assert accepts({"$ref": "#/$defs/Any", "$defs": {"Any": FREE}}, said)
+    assert accepts({"type": "object"}, {"a": 1, "b": [True, None]})
+    assert not accepts(FREE, {"a": [1]})
+    for none in (None, {}, {"type": "object", "additionalProperties": False}):
+        assert accepts(none, {})
+        assert not accepts(none, {"a": 1})
 
 
 class Ends:

@@ -19,7 +19,6 @@ from moe_local.cache.errors import OptionError
 from moe_local.offload.engine import grammar
 from moe_local.offload.engine.grammar import KEPT, GrammarMask, matcher
 from moe_local.offload.forms import json_grammar
-from support.chat_templates import DIALECTS, tokenizer_of
 
 VOCABULARY = 2048
 SCHEMA = {
@@ -53,8 +52,8 @@ def check(text: str) -> None:
     assert answer["sure"] in (True, False)
 
 
-def mask_of(tokenizer: Any, schema: Any, prompt: str = "Say JSON:") -> tuple[GrammarMask, list[int]]:
-    ids = tokenizer(prompt)["input_ids"]
+def mask_of(tokenizer: Any, schema: Any) -> tuple[GrammarMask, list[int]]:
+    ids = tokenizer("Say JSON:")["input_ids"]
     ends = frozenset({tokenizer.eos_token_id, 0})
     return GrammarMask(tokenizer, json_grammar(schema), ids, vocabulary=VOCABULARY, ends=ends), ids
 
@@ -132,43 +131,6 @@ def test_what_is_likely_is_kept_where_it_is_allowed(demo: Any) -> None:
     forced = demo.generate("What is a router?", json_schema={"type": "string"}, max_new_tokens=40).text
     assert len(said) > 20
     assert forced.startswith(f'"{said}')
-
-
-def test_a_thought_that_the_prompt_begins_is_free(tokenizer: Any) -> None:
-    mask, ids = mask_of(tokenizer, SCHEMA, "Say JSON: <think>\n")
-    thought = tokenizer("Routers are small. </think>", add_special_tokens=False)["input_ids"]
-    for at in range(len(thought)):
-        assert len(allowed(mask, ids + thought[:at])) == VOCABULARY
-    may = allowed(mask, ids + thought)
-    brace = tokenizer("{", add_special_tokens=False)["input_ids"][-1]
-    assert brace in may
-    assert len(may) < 50
-    assert tokenizer.eos_token_id not in may
-
-
-def test_channels_before_the_final_one_are_free() -> None:
-    """Unless the mask is of the whole answer, or the prompt has begun the final message."""
-    tokenizer = tokenizer_of(DIALECTS["harmony"])
-    size = len(tokenizer)
-
-    def free(prompt: str, said: str, **options: Any) -> bool:
-        ids = tokenizer(prompt)["input_ids"]
-        ends = frozenset({tokenizer.eos_token_id})
-        form = json_grammar(SCHEMA)
-        mask = GrammarMask(tokenizer, form, ids, vocabulary=size, ends=ends, **options)
-        ids += tokenizer(said, add_special_tokens=False)["input_ids"]
-        found = mask(torch.tensor([ids]), torch.zeros(1, size))
-        return bool(found.isfinite().all())
-
-    prompt = "<|start|>user<|message|>Hi<|end|><|start|>assistant"
-    thought = "<|channel|>analysis<|message|>They want final words.<|end|>"
-    final = "<|start|>assistant<|channel|>final"
-    for said in ("", "<|channel|>analysis<|message|>", thought, f"{thought}{final}"):
-        assert free(prompt, said)
-    for said in (f"{thought}{final}<|message|>", "<|channel|>final <|constrain|>json<|message|>"):
-        assert not free(prompt, said)
-    assert not free(prompt, "", whole=True)
-    assert not free(f"{prompt}<|channel|>final<|message|>", "")
 
 
 def test_a_token_that_was_forced_against_it_ends_the_answer(tokenizer: Any, caplog: Any) -> None:
