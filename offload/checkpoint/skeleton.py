@@ -32,6 +32,7 @@ from moe_local.offload.dense.gated_norm import use_native_gated_norms
 from moe_local.offload.dense.index_pieces import use_index_pieces
 from moe_local.offload.dense.latent_attention import use_latent_attention
 from moe_local.offload.dense.linear import use_native_linears
+from moe_local.offload.dense.mamba2 import use_native_mamba2
 from moe_local.offload.dense.norm import use_native_norms
 from moe_local.offload.dense.router import use_native_routers
 from moe_local.offload.dense.sink_attention import use_sink_attention
@@ -145,6 +146,7 @@ def _use_faster_ways(model: Any, device: torch.device) -> None:
     use_index_pieces(model)
     if device.type == "cpu":
         use_native_delta_rule(model)
+        use_native_mamba2(model)
     use_state_pieces(model)
     if device.type == "cpu":
         use_native_linears(model)

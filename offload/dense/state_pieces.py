@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from moe_local.offload.dense.logits_trial import difference
-from moe_local.offload.dense.state_steps import stepping
+from moe_local.offload.dense.mamba2 import holds_no_states
 from moe_local.offload.modeling.class_source import class_source
 from moe_local.offload.modeling.names import cache_name
 from moe_local.offload.modeling.stand_in import calling, set_class, stand_in
@@ -75,7 +75,7 @@ def forgets_states(model: nn.Module) -> bool:
 def piece_tokens(module: Any) -> int:
     """The number of tokens that a layer computes at a time."""
     state = state_numel(module) if hasattr(module, "ssm_state_size") else 0
-    if not state:
+    if not state or holds_no_states(module):
         return LONGEST
     fit = PIECE_BYTES // (4 * state)
     return min(LONGEST, max(SHORTEST, fit - fit % SHORTEST))
@@ -120,7 +120,7 @@ def in_pieces(cls: Any) -> Any:
     without a cache there is nothing to keep the state between pieces.
     """
     name = cache_name(cls.forward)
-    go_on = _remembering(cls, name) or stepping(cls) or cls.forward
+    go_on = _remembering(cls, name) or cls.forward
 
     def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         memory, mask, tokens = kwargs.get(name), kwargs.get("attention_mask"), hidden_states.shape[1]

@@ -32,6 +32,38 @@ struct DeltaRule {
 
 MOE_API int32_t moe_delta_rule(const DeltaRule* rule, int32_t threads);
 
+// The next tokens of each of `rows` sequences, one after the other, through the heads of Mamba-2 (arXiv
+// 2405.21060, section 6). A head has a state S [width, states], which becomes e^(dt a) S + dt x b, where dt
+// is one number; its output is S c + d x. dt_bias is added to dt first; with `softplus`, then comes softplus;
+// and it is limited to [least, most]; each result is rounded to the dtype. Each b and c is shared by heads /
+// groups heads; `states` is a multiple of 16. The results do not depend on how many tokens a call has.
+struct Mamba2Scan {
+  const void* x;        // [rows, tokens, heads, width], of the dtype, as b, c, dt and dt_bias
+  const void* b;        // [rows, tokens, groups, states]
+  const void* c;        // [rows, tokens, groups, states]
+  const void* dt;       // [rows, tokens, heads]
+  const void* dt_bias;  // [heads], or null
+  const float* a;       // [heads], negative
+  const float* d;       // [heads], or null
+  float* state;         // [rows, heads, width, states]
+  float* y;             // [rows, tokens, heads, width]
+  int64_t x_stride;     // numbers from a token's x to the next's, also from one sequence to another
+  int64_t b_stride;     // the same for b, and for c
+  int64_t dt_stride;
+  int64_t rows;
+  int64_t tokens;
+  int64_t heads;
+  int64_t groups;
+  int64_t width;
+  int64_t states;
+  float least;
+  float most;
+  int32_t dtype;
+  int32_t softplus;
+};
+
+MOE_API int32_t moe_mamba2_scan(const Mamba2Scan* scan, int32_t threads);
+
 // One token of each of `rows` sequences through a depthwise convolution along tokens: x becomes the last of
 // the channel's `taps` inputs in `state`, and y is their weighted sum plus the bias, rounded to the dtype;
 // with `silu`, then y * sigmoid(y). All numbers are of the dtype.

@@ -1,0 +1,34 @@
+// What is computed of Mamba-2 before a head's tokens are scanned.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+#include "linear_attention.h"
+#include "work.h"
+
+// How a head's dt becomes the time that passes with a token: see Mamba2Scan.
+struct TimeStep {
+  float bias;
+  float least;
+  float most;
+  bool softplus;
+};
+
+// Makes time steps of dt [count], which are rounded to the dtype, and their factors e^(dt a). `spare` has
+// room for as many floats.
+inline void take_steps(int32_t dtype, const TimeStep& step, float a, int64_t count, float* spare, float* dt,
+                       float* factor) {
+  for (int64_t t = 0; t < count; ++t) dt[t] += step.bias;
+  round_to(dtype, count, spare, dt);
+  if (step.softplus) {
+    for (int64_t t = 0; t < count; ++t) dt[t] = softplus(dt[t]);
+    round_to(dtype, count, spare, dt);
+  }
+  for (int64_t t = 0; t < count; ++t) {
+    if (dt[t] < step.least) dt[t] = step.least;  // which leaves NaN as it is
+    if (dt[t] > step.most) dt[t] = step.most;
+    factor[t] = std::exp(dt[t] * a);
+  }
+}
