@@ -11,7 +11,7 @@ SOURCES = "offload/native/src"
 UNITS = [
     # the interface:
     *("linear", "experts", "attention", "latent", "prompt", "layers"),
-    *("convolution", "delta", "delta_net", "scan"),
+    *("convolution", "delta", "delta_net", "scan", "mamba2"),
     *("mlp", "route", "norm", "encode", "read"),
     *("work", "threads", "cpu", "isa_portable", "isa_avx2", "isa_avx512_vnni", "isa_avx512"),
 ]

@@ -39,6 +39,7 @@ from moe_local.offload.dense.sink_attention import use_sink_attention
 from moe_local.offload.dense.state_pieces import use_state_pieces
 from moe_local.offload.dense.token_delta_net import use_token_delta_nets
 from moe_local.offload.dense.token_layer import use_token_layers
+from moe_local.offload.dense.token_mamba2 import use_token_mamba2
 from moe_local.offload.dense.token_mlp import use_token_mlps
 from moe_local.offload.experts import OffloadedExperts
 from moe_local.offload.gpu.card_moves import move_between_cards
@@ -155,6 +156,7 @@ def _use_faster_ways(model: Any, device: torch.device) -> None:
         use_native_routers(model)
         use_token_attention(model)
         use_token_delta_nets(model)
+        use_token_mamba2(model)
         use_token_mlps(model)
         use_token_layers(model)
     elif device.type == "cuda":

@@ -232,6 +232,26 @@ class PromptAttention(Structure):
     )
 
 
+class Mamba2(Structure):
+    _fields_ = (
+        ("in", Matrix),
+        ("out", Matrix),
+        ("heads", c_int64),
+        ("groups", c_int64),
+        ("width", c_int64),
+        ("states", c_int64),
+        ("taps", c_int64),
+        ("convolution", c_void_p),
+        ("convolution_bias", c_void_p),
+        ("a_log", c_void_p),
+        ("d", c_void_p),
+        ("dt_bias", c_void_p),
+        ("norm", c_void_p),
+        ("epsilon", c_float),
+        ("dtype", c_int32),
+    )
+
+
 @cache
 def library() -> ctypes.CDLL | None:
     """The library, or None if it was not compiled or cannot be loaded, which is logged once."""
@@ -319,6 +339,9 @@ _ARGUMENTS: dict[str, list[type]] = {
         *(POINTER(DeltaNet), c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int32, c_int32),
     ],
     "moe_change_states": [POINTER(DeltaNet), c_void_p, c_int64, c_void_p, c_void_p, c_int32],
+    "moe_mamba2": [
+        *(POINTER(Mamba2), c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int32, c_int32),
+    ],
     "moe_route": [
         *(POINTER(Router), c_void_p, c_int64, c_int32, c_void_p, c_void_p, c_void_p, c_int32),
     ],

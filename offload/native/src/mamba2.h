@@ -1,4 +1,4 @@
-// What is computed of Mamba-2 before a head's tokens are scanned.
+// What is computed of Mamba-2 before a head's tokens are scanned, and after.
 #pragma once
 
 #include <algorithm>
@@ -31,4 +31,15 @@ inline void take_steps(int32_t dtype, const TimeStep& step, float a, int64_t cou
     if (dt[t] > step.most) dt[t] = step.most;
     factor[t] = std::exp(dt[t] * a);
   }
+}
+
+// Multiplies answers x [groups * width] with z * sigmoid(z); then each group has an RMS norm with its part of
+// `norm`, see Kernels::norm. z is overwritten.
+inline void open_and_norm(const float* norm, int64_t groups, int64_t width, float epsilon, float* z,
+                          float* x) {
+  const Gate silu{PLAIN, SILU, 0.0f, 0.0f};
+  kernels().gate(silu, z, groups * width, z);
+  for (int64_t i = 0; i < groups * width; ++i) x[i] *= z[i];
+  for (int64_t g = 0; g < groups; ++g)
+    kernels().norm(FLOAT32, norm + g * width, false, epsilon, width, x + g * width);
 }

@@ -139,3 +139,30 @@ MOE_API int32_t moe_delta_net(const DeltaNet* net, const void* x, void* inputs, 
 // Makes of inputs and states, as moe_delta_net found them, what it would have made of them at once.
 MOE_API int32_t moe_change_states(const DeltaNet* net, const float* changes, int64_t rows, void* inputs,
                                   float* states, int32_t threads);
+
+// A layer of Mamba-2, from its (normalized) input to the output that is added to the residual: x, b and c go
+// through a Convolution with `silu`, then, with dt, through a Mamba2Scan with `softplus`, without limits, and
+// a = -e^(a_log); the answers are multiplied with z * sigmoid(z); each of `groups` parts of them has an RMS
+// norm, see moe_norm.
+struct Mamba2 {
+  Matrix in;   // [2 * heads * width + 2 * groups * states + heads, D]: z, x, b, c, dt
+  Matrix out;  // [D, heads * width]
+  int64_t heads;
+  int64_t groups;
+  int64_t width;
+  int64_t states;
+  int64_t taps;
+  const void* convolution;       // [channels, taps], of the dtype, as all others: x, b, c
+  const void* convolution_bias;  // [channels], or null
+  const void* a_log;             // [heads]
+  const void* d;                 // [heads]
+  const void* dt_bias;           // [heads]
+  const void* norm;              // [heads * width]
+  float epsilon;
+  int32_t dtype;
+};
+
+// One token of each of 1 to 256 rows: y [rows, D] is the output for x [rows, D]. Overwrites inputs [rows,
+// channels, taps] and states [rows, heads, width, states].
+MOE_API int32_t moe_mamba2(const Mamba2* layer, const void* x, void* inputs, float* states, int64_t rows,
+                           void* y, int32_t activations, int32_t threads);
