@@ -10,7 +10,8 @@ from setuptools.command.build_ext import build_ext
 SOURCES = "offload/native/src"
 UNITS = [
     # the interface:
-    *("linear", "experts", "attention", "latent", "prompt", "layers", "convolution", "delta", "delta_net"),
+    *("linear", "experts", "attention", "latent", "prompt", "layers"),
+    *("convolution", "delta", "delta_net", "scan", "mamba2"),
     *("mlp", "route", "norm", "encode", "read"),
     *("work", "threads", "cpu", "isa_portable", "isa_avx2", "isa_avx512_vnni", "isa_avx512"),
 ]

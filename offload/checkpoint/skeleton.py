@@ -32,12 +32,14 @@ from moe_local.offload.dense.gated_norm import use_native_gated_norms
 from moe_local.offload.dense.index_pieces import use_index_pieces
 from moe_local.offload.dense.latent_attention import use_latent_attention
 from moe_local.offload.dense.linear import use_native_linears
+from moe_local.offload.dense.mamba2 import use_native_mamba2
 from moe_local.offload.dense.norm import use_native_norms
 from moe_local.offload.dense.router import use_native_routers
 from moe_local.offload.dense.sink_attention import use_sink_attention
 from moe_local.offload.dense.state_pieces import use_state_pieces
 from moe_local.offload.dense.token_delta_net import use_token_delta_nets
 from moe_local.offload.dense.token_layer import use_token_layers
+from moe_local.offload.dense.token_mamba2 import use_token_mamba2
 from moe_local.offload.dense.token_mlp import use_token_mlps
 from moe_local.offload.experts import OffloadedExperts
 from moe_local.offload.gpu.card_moves import move_between_cards
@@ -145,6 +147,7 @@ def _use_faster_ways(model: Any, device: torch.device) -> None:
     use_index_pieces(model)
     if device.type == "cpu":
         use_native_delta_rule(model)
+        use_native_mamba2(model)
     use_state_pieces(model)
     if device.type == "cpu":
         use_native_linears(model)
@@ -153,6 +156,7 @@ def _use_faster_ways(model: Any, device: torch.device) -> None:
         use_native_routers(model)
         use_token_attention(model)
         use_token_delta_nets(model)
+        use_token_mamba2(model)
         use_token_mlps(model)
         use_token_layers(model)
     elif device.type == "cuda":

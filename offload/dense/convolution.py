@@ -10,10 +10,12 @@ import torch
 
 from moe_local.offload.native.library import (
     DTYPES,
-    Convolution,
-    SequenceConvolution,
     check,
     loaded_library,
+)
+from moe_local.offload.native.linear_attention import (
+    Convolution,
+    SequenceConvolution,
 )
 from moe_local.offload.system.threads import kernel_threads
 

@@ -10,10 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
-import inspect
 import logging
-from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
@@ -28,14 +25,15 @@ from moe_local.offload.dense.convolution import (
     convolve,
     convolve_sequences,
 )
-from moe_local.offload.modeling.names import cache_name
-from moe_local.offload.modeling.stand_in import calling, stand_in
+from moe_local.offload.dense.state_functions import Function, functions_called, refuse, with_functions
 from moe_local.offload.native.library import (
     DTYPES,
-    DeltaRule,
     check,
     library,
     loaded_library,
+)
+from moe_local.offload.native.linear_attention import (
+    DeltaRule,
 )
 from moe_local.offload.system.threads import kernel_threads
 
@@ -45,8 +43,6 @@ NAMES = (RULE, CONVOLUTION, PROMPT_RULE, PROMPT_CONVOLUTION)
 
 STEP = 16
 """The width of values must be a multiple of it."""
-
-Function = Callable[..., Any]
 
 logger = logging.getLogger(__name__)
 
@@ -71,37 +67,14 @@ def use_native_delta_rule(model: nn.Module) -> None:
 
 def _functions(cls: Any) -> list[Function] | None:
     """The four functions that a class's forward calls, as NAMES; None if it is not such a class."""
-    plain = inspect.unwrap(cls.forward)
-    code = getattr(plain, "__code__", None)
-    if code is None or not set(NAMES) <= set(code.co_names):
-        return None
-    functions: list[Any] = [plain.__globals__.get(name) for name in NAMES]
-    return functions if all(callable(function) for function in functions) else None
+    return functions_called(cls, NAMES)
 
 
 @cache
 def _native(cls: Any) -> Any:
     functions = _functions(cls)
     assert functions is not None
-    direct = calling(
-        inspect.unwrap(cls.forward), dict(zip(NAMES, _library_functions(functions), strict=True))
-    )
-    name = cache_name(cls.forward)
-
-    @functools.wraps(cls.forward)
-    def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        memory = kwargs.get(name)
-        if (
-            memory is None
-            or hidden_states.device.type != "cpu"
-            or torch.is_grad_enabled()
-            or torch.is_autocast_enabled("cpu")
-            or memory.layers[self.layer_idx].record_past  # wants states that are overwritten here
-        ):
-            return cls.forward(self, hidden_states, *args, **kwargs)
-        return direct(self, hidden_states, *args, **kwargs)
-
-    return stand_in(cls, _native, forward)
+    return with_functions(cls, _native, dict(zip(NAMES, _library_functions(functions), strict=True)))
 
 
 def _library_functions(functions: list[Function]) -> list[Function]:
@@ -207,7 +180,7 @@ def _agrees(functions: list[Function]) -> bool:
 
 def _same(functions: list[Function], *, key_heads: int) -> bool:
     wanted = _trial(functions, key_heads)
-    found = _trial(_library_functions([_never] * len(NAMES)), key_heads)
+    found = _trial(_library_functions([refuse] * len(NAMES)), key_heads)
     return all(torch.allclose(*pair, atol=1e-4) for pair in zip(found, wanted, strict=True))
 
 
@@ -243,7 +216,3 @@ def _trial(functions: list[Function], key_heads: int) -> list[torch.Tensor]:
             moved = prompt_convolution(x, weight, options[0], activation=options[1])
         found += [answer, state.clone(), moved, inputs.clone()]
     return found
-
-
-def _never(*args: Any, **options: Any) -> Any:
-    raise RuntimeError("the library does not do this")

@@ -12,7 +12,7 @@ import torch
 
 from moe_local.offload.dense.layer_part import Part
 from moe_local.offload.dense.places import cache_of
-from moe_local.offload.dense.token_delta_net import overwrites_states, states_of
+from moe_local.offload.dense.token_state_call import overwrites_states, states_of
 
 
 @dataclass(slots=True)

@@ -24,7 +24,7 @@ _FIELDS: dict[type, str] = {
 def mixer_of(module: Any) -> Mixer | None:
     """The library's call for a module that mixes tokens; None for others."""
     own = vars(module)
-    found = own.get("_token_attention", own.get("_token_delta_net"))
+    found = own.get("_token_attention", own.get("_token_state_call"))
     return found if isinstance(found, AttentionCall | TokenDeltaNet) else None
 
 

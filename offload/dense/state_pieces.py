@@ -2,7 +2,8 @@
 
 transformers' own scans of such layers hold, in fp32, some numbers or the whole state for every token: for
 2048 tokens 0.5 GiB in Qwen3-Next, 4 GiB in Jamba, and more than 10 GiB in Granite's Mamba-2. To continue, a
-layer needs only the last state, so memory need not grow with the prompt.
+layer needs only the last state, so memory need not grow with the prompt. Where the library computes Mamba-2
+(see mamba2), pieces can be long, for they cost nothing but what goes in and comes out.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from torch import nn
 
 from moe_local.offload.dense.logits_trial import difference
-from moe_local.offload.dense.state_steps import stepping
+from moe_local.offload.dense.mamba2 import holds_no_states
 from moe_local.offload.modeling.class_source import class_source
 from moe_local.offload.modeling.names import cache_name
 from moe_local.offload.modeling.stand_in import calling, set_class, stand_in
@@ -75,7 +76,7 @@ def forgets_states(model: nn.Module) -> bool:
 def piece_tokens(module: Any) -> int:
     """The number of tokens that a layer computes at a time."""
     state = state_numel(module) if hasattr(module, "ssm_state_size") else 0
-    if not state:
+    if not state or holds_no_states(module):
         return LONGEST
     fit = PIECE_BYTES // (4 * state)
     return min(LONGEST, max(SHORTEST, fit - fit % SHORTEST))
@@ -120,7 +121,7 @@ def in_pieces(cls: Any) -> Any:
     without a cache there is nothing to keep the state between pieces.
     """
     name = cache_name(cls.forward)
-    go_on = _remembering(cls, name) or stepping(cls) or cls.forward
+    go_on = _remembering(cls, name) or cls.forward
 
     def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         memory, mask, tokens = kwargs.get(name), kwargs.get("attention_mask"), hidden_states.shape[1]
@@ -135,7 +136,10 @@ def in_pieces(cls: Any) -> Any:
             part = slice(first, first + self.piece)
             if mask is not None:
                 kwargs["attention_mask"] = mask[:, part]
-            answers[:, part] = go_on(self, hidden_states[:, part], **kwargs)
+            given = hidden_states[:, part]
+            # Without the strides of the whole, for which torch copies a linear layer's weights at each call.
+            given = given.flatten(0, 1).view(given.shape)
+            answers[:, part] = go_on(self, given, **kwargs)
         return answers
 
     return stand_in(cls, in_pieces, forward)

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import ctypes
-import functools
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from moe_local.offload.dense.library_call import LibraryCall, are_numbers, matrix_of, same_format
+from moe_local.offload.dense.library_call import are_numbers, matrix_of, same_format
 from moe_local.offload.dense.norm import epsilon_of
-from moe_local.offload.dense.places import States, cache_of
-from moe_local.offload.dense.token_calls import agrees_on_sizes, all_close, attempt, token_calls
+from moe_local.offload.dense.places import States
+from moe_local.offload.dense.token_state_call import TokenStateCall, states_of, use_state_calls
 from moe_local.offload.kernels.cpu import rounding
-from moe_local.offload.modeling.stand_in import stand_in
-from moe_local.offload.native.library import DTYPES, DeltaNet, check, library, loaded_library
+from moe_local.offload.native.library import DTYPES, DeltaNet, check, loaded_library
 from moe_local.offload.system.threads import kernel_threads
 
 BY_PART = {"qkv": "in_proj_qkv", "z": "in_proj_z", "b": "in_proj_b", "a": "in_proj_a"}
@@ -43,7 +40,7 @@ class _Shape(NamedTuple):
     by_key_head: int
 
 
-class TokenDeltaNet(LibraryCall):
+class TokenDeltaNet(TokenStateCall):
     """The library's call for one layer, whose states it overwrites."""
 
     FIRST = "in_proj_qkv", "in_proj_qkvz"
@@ -67,37 +64,14 @@ class TokenDeltaNet(LibraryCall):
         )
         return y
 
-    def takes(self, x: torch.Tensor, inputs: Any, states: Any) -> bool:
-        """Whether these have the dtypes, sizes and memory layout that the library reads."""
-        if not torch.is_tensor(inputs) or not torch.is_tensor(states):
-            return False
-        key_heads, value_heads, key_width, value_width, taps, *_ = self.shape
-        rows, channels = len(x), 2 * key_heads * key_width + value_heads * value_width
-        return (
-            rows > 0
-            and inputs.dtype is x.dtype
-            and x.shape == (rows, 1, self._hidden)
-            and inputs.shape == (rows, channels, taps)
-            and states.dtype is torch.float32
-            and states.shape == (rows, value_heads, key_width, value_width)
-            and x.is_contiguous()
-            and inputs.is_contiguous()
-            and states.is_contiguous()
-            and inputs.is_cpu
-            and states.is_cpu
-        )
+    @property
+    def inputs_shape(self) -> tuple[int, int]:
+        return _channels(self.shape), self.shape.taps
 
-    def places(self, module: Any, x: torch.Tensor, kwargs: dict[str, Any]) -> States | None:
-        """The states that x [n, 1, D] overwrites if the library can serve this call of the module, for which
-        it is `ready` then; else None."""
-        if x.dim() != 3 or x.shape[1] != 1 or len(x) > self.most_tokens or not x.is_cpu:
-            return None
-        if module.training or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
-            return None
-        places = states_of(kwargs, module.layer_idx) if overwrites_states(kwargs) else None
-        if places is None or not self.takes(x, *places) or not self.ready(module, x.dtype):
-            return None
-        return places
+    @property
+    def states_shape(self) -> tuple[int, int, int]:
+        shape: _Shape = self.shape
+        return shape.value_heads, shape.key_width, shape.value_width
 
     def states_ahead(self, index: int, x: torch.Tensor, kwargs: dict[str, Any]) -> States | None:
         """Those of layer `index` in the cache among the arguments of an earlier layer's call, if the library
@@ -112,8 +86,7 @@ class TokenDeltaNet(LibraryCall):
         """How many numbers the library leaves for a token that is to change its states later."""
         shape: _Shape = self.shape
         of_head = shape.key_width + shape.value_width + 1
-        channels = 2 * shape.key_heads * shape.key_width + shape.value_heads * shape.value_width
-        return channels + shape.value_heads * of_head
+        return _channels(shape) + shape.value_heads * of_head
 
     def change(self, left: int, tokens: int, inputs: int, states: int) -> None:
         """Change the states of so many sequences as the library has left it to be done. Takes addresses."""
@@ -189,71 +162,8 @@ def use_token_delta_nets(model: Any) -> None:
 
     Runs a forward of one token, for which experts must return something.
     """
-    if library() is None or model.device.type != "cpu":
-        return
-    first = TokenDeltaNet.FIRST
-    found = [module for module in model.modules() if any(hasattr(module, name) for name in first)]
-    for called, (args, arguments, *_) in (token_calls(model, found) if found else {}).items():
-        module: Any = called
-        if args or "hidden_states" not in arguments:
-            continue
-        calls = TokenDeltaNet.of(module, arguments["hidden_states"].dtype)
-        if calls is not None and _agrees(module, calls, arguments):
-            module._token_delta_net = calls
-            cls: Any = type(module)
-            module.__class__ = _direct(cls)
+    use_state_calls(model, TokenDeltaNet)
 
 
-def _agrees(module: Any, calls: TokenDeltaNet, arguments: dict[str, Any]) -> bool:
-    """Whether the library's call and the module give the same."""
-    generator = torch.Generator().manual_seed(19)
-    return agrees_on_sizes(lambda size: _agrees_at(module, calls, arguments, size, generator))
-
-
-@torch.no_grad()
-def _agrees_at(
-    module: Any, calls: TokenDeltaNet, arguments: dict[str, Any], size: float, generator: torch.Generator
-) -> bool:
-    shape, dtype = arguments["hidden_states"].shape, arguments["hidden_states"].dtype
-    x = size * torch.randn(shape, generator=generator, dtype=torch.float32).to(dtype)
-    states = states_of(arguments, module.layer_idx)
-    if states is None or not calls.takes(x, *states) or not calls.ready(module, dtype):
-        return False
-    for state in states:
-        state.copy_(torch.randn(state.shape, generator=generator, dtype=torch.float32))
-    mine = [state.clone() for state in states]
-    wanted = attempt(module, **arguments | {"hidden_states": x, "attention_mask": None})
-    if wanted is None:
-        return False
-    got = calls(x, States(*mine))
-    pairs = [(got, wanted), *zip(mine, states, strict=True)]
-    return all_close(pairs, calls.activations)
-
-
-def overwrites_states(kwargs: dict[str, Any]) -> bool:
-    """Whether a call of a layer for single tokens, with these arguments, makes each a part of its sequence's
-    state."""
-    return kwargs.get("attention_mask") is None and kwargs.get("cu_seq_lens_q") is None
-
-
-def states_of(kwargs: dict[str, Any], index: int) -> States | None:
-    """A layer's states of earlier tokens in the cache that it is called with, which the call would overwrite;
-    None if there are none, or if they are to be kept."""
-    layers = getattr(cache_of(kwargs), "layers", ())
-    layer: Any = layers[index] if index < len(layers) else None
-    if getattr(layer, "record_past", True) or not layer.has_previous_state[0]:
-        return None
-    return States(layer.conv_states[0], layer.recurrent_states[0])
-
-
-@cache
-def _direct(cls: Any) -> Any:
-    @functools.wraps(cls.forward)
-    def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        calls: TokenDeltaNet = self._token_delta_net
-        places = None if args else calls.places(self, hidden_states, kwargs)
-        if places is None:
-            return cls.forward(self, hidden_states, *args, **kwargs)
-        return calls(hidden_states, places)
-
-    return stand_in(cls, _direct, forward)
+def _channels(shape: _Shape) -> int:
+    return 2 * shape.key_heads * shape.key_width + shape.value_heads * shape.value_width

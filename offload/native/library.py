@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from moe_local.cache.errors import MoeLocalError
+from moe_local.offload.native.linear_attention import Convolution, DeltaRule, Mamba2Scan, SequenceConvolution
 from moe_local.offload.quantize.code_tables import dynamic_map
 
 FORMATS = {
@@ -231,58 +232,23 @@ class PromptAttention(Structure):
     )
 
 
-class DeltaRule(Structure):
+class Mamba2(Structure):
     _fields_ = (
-        ("q", c_void_p),
-        ("k", c_void_p),
-        ("v", c_void_p),
-        ("beta", c_void_p),
-        ("decay", c_void_p),
-        ("state", c_void_p),
-        ("y", c_void_p),
-        ("key_stride", c_int64),
-        ("value_stride", c_int64),
-        ("rows", c_int64),
-        ("tokens", c_int64),
-        ("key_heads", c_int64),
-        ("value_heads", c_int64),
-        ("key_width", c_int64),
-        ("value_width", c_int64),
-        ("dtype", c_int32),
-        ("normalized", c_int32),
-    )
-
-
-class Convolution(Structure):
-    _fields_ = (
-        ("x", c_void_p),
-        ("state", c_void_p),
-        ("weight", c_void_p),
-        ("bias", c_void_p),
-        ("y", c_void_p),
-        ("rows", c_int64),
-        ("channels", c_int64),
+        ("in", Matrix),
+        ("out", Matrix),
+        ("heads", c_int64),
+        ("groups", c_int64),
+        ("width", c_int64),
+        ("states", c_int64),
         ("taps", c_int64),
+        ("convolution", c_void_p),
+        ("convolution_bias", c_void_p),
+        ("a_log", c_void_p),
+        ("d", c_void_p),
+        ("dt_bias", c_void_p),
+        ("norm", c_void_p),
+        ("epsilon", c_float),
         ("dtype", c_int32),
-        ("silu", c_int32),
-    )
-
-
-class SequenceConvolution(Structure):
-    _fields_ = (
-        ("x", c_void_p),
-        ("weight", c_void_p),
-        ("bias", c_void_p),
-        ("y", c_void_p),
-        ("row_stride", c_int64),
-        ("channel_stride", c_int64),
-        ("token_stride", c_int64),
-        ("rows", c_int64),
-        ("channels", c_int64),
-        ("tokens", c_int64),
-        ("taps", c_int64),
-        ("dtype", c_int32),
-        ("silu", c_int32),
     )
 
 
@@ -366,12 +332,16 @@ _ARGUMENTS: dict[str, list[type]] = {
     "moe_prompt_attention": [POINTER(PromptAttention), c_int32],
     "moe_seen": [c_void_p, c_int64, c_int64, c_void_p],
     "moe_delta_rule": [POINTER(DeltaRule), c_int32],
+    "moe_mamba2_scan": [POINTER(Mamba2Scan), c_int32],
     "moe_convolve": [POINTER(Convolution), c_int32],
     "moe_convolve_sequences": [POINTER(SequenceConvolution), c_int32],
     "moe_delta_net": [
         *(POINTER(DeltaNet), c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int32, c_int32),
     ],
     "moe_change_states": [POINTER(DeltaNet), c_void_p, c_int64, c_void_p, c_void_p, c_int32],
+    "moe_mamba2": [
+        *(POINTER(Mamba2), c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int32, c_int32),
+    ],
     "moe_route": [
         *(POINTER(Router), c_void_p, c_int64, c_int32, c_void_p, c_void_p, c_void_p, c_int32),
     ],

@@ -564,6 +564,47 @@ void use_delta_rule(Random& random) {
   same_bytes(state, other, state_bytes, "threads change a state of moe_delta_rule");
 }
 
+// Some tokens of some sequences, whose x, b, c and dt are slices of one array or lie apart.
+void use_mamba2_scan(Random& random) {
+  const int32_t dtype = a_dtype(random);
+  Mamba2Scan s{};
+  s.rows = between(random, 1, 3), s.groups = between(random, 1, 3);
+  s.heads = s.groups * between(random, 1, 6);
+  s.width = a_size(random) % 40 + 1, s.states = 16 * between(random, 1, 9);
+  s.tokens = random() % 4 == 0 ? between(random, 30, 70) : between(random, 1, 6);
+  s.dtype = dtype, s.softplus = static_cast<int32_t>(random() % 2), s.least = 0.01f, s.most = 2.0f;
+  const int64_t xs = s.heads * s.width, bs = s.groups * s.states, all = xs + 2 * bs + s.heads;
+  const bool together = random() % 2;
+  s.x_stride = together ? all : xs + between(random, 0, 9);
+  s.b_stride = together ? all : bs + between(random, 0, 9);
+  s.dt_stride = together ? all : s.heads;
+  const int64_t tokens = s.rows * s.tokens;
+  Numbers x(random, dtype, (tokens - 1) * s.x_stride + (together ? all : xs), 1.0f);
+  Numbers b(random, dtype, (tokens - 1) * s.b_stride + bs, 1.0f);
+  Numbers c(random, dtype, (tokens - 1) * s.b_stride + bs, 1.0f), dt(random, dtype, tokens * s.heads, 2.0f);
+  Numbers bias(random, dtype, s.heads, 1.0f);
+  const int64_t bytes = 4 * tokens * xs, state_bytes = 4 * s.rows * xs * s.states;
+  Buffer a(random, 4 * s.heads), d(random, 4 * s.heads), state(random, state_bytes),
+      other(random, state_bytes);
+  a.fill_floats(random, random() % 4 == 0 ? -300.0f : -3.0f, 0.0f);
+  d.fill_floats(random, -1.0f, 1.0f);
+  state.fill_floats(random, -1.0f, 1.0f);
+  std::memcpy(other.bytes(), state.bytes(), static_cast<size_t>(state_bytes));
+  Buffer y(random, bytes), again(random, bytes);
+  const int64_t number = bytes_of(dtype);
+  s.x = x.bytes(), s.b = together ? x.bytes() + number * xs : b.bytes();
+  s.c = together ? x.bytes() + number * (xs + bs) : c.bytes();
+  s.dt = together ? x.bytes() + number * (xs + 2 * bs) : dt.bytes();
+  s.dt_bias = random() % 2 ? bias.bytes() : nullptr;
+  s.a = a.floats(), s.d = random() % 2 ? d.floats() : nullptr;
+  for (Buffer* out : {&y, &again}) {
+    s.state = (out == &y ? state : other).floats(), s.y = out->floats();
+    require(moe_mamba2_scan(&s, out == &y ? some_threads(random) : 1) == OK, "moe_mamba2_scan failed");
+  }
+  same_bytes(y, again, bytes, "threads change moe_mamba2_scan");
+  same_bytes(state, other, state_bytes, "threads change a state of moe_mamba2_scan");
+}
+
 void use_convolution(Random& random) {
   const int32_t dtype = a_dtype(random);
   const int64_t rows = between(random, 1, 3), channels = a_size(random), taps = between(random, 1, 6);
@@ -698,6 +739,7 @@ void rounds(unsigned seed, int count) {
     use_norms(random);
     use_route(random);
     use_delta_rule(random);
+    use_mamba2_scan(random);
     use_convolution(random);
     use_convolution_of_sequences(random);
     use_experts(random);

@@ -11,7 +11,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from moe_local.offload.native.library import DTYPES, Convolution, DeltaRule, SequenceConvolution
+from moe_local.offload.native.library import (
+    DTYPES,
+)
+from moe_local.offload.native.linear_attention import (
+    Convolution,
+    DeltaRule,
+    SequenceConvolution,
+)
 from support.packed import off
 
 OK, BAD_ARGUMENT = 0, 1

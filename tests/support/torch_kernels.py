@@ -168,7 +168,8 @@ def load(
 
 LIBRARY = (
     *("use_native_linears", "use_native_norms", "use_native_gated_norms", "use_native_routers"),
-    *("use_token_attention", "use_token_delta_nets", "use_token_mlps", "use_token_layers"),
+    *("use_token_attention", "use_token_delta_nets", "use_token_mamba2", "use_token_mlps"),
+    "use_token_layers",
 )
 """What hands parts of a model to the C++ library."""
 

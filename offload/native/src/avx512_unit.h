@@ -34,6 +34,7 @@ constexpr int64_t TILE_T = 6;
 #include "gate.h"
 #include "attend.h"
 #include "delta.h"
+#include "scan.h"
 #include "prepare.h"
 #include "low.h"
 #include "micro.h"

@@ -180,9 +180,7 @@ struct DeltaNetCall {
     float value = net->by_key_head ? b[row][head + (head / sharing() + 1) * sharing()] : a[row][head];
     round_to(net->dtype, 1, spare, &value);
     value += of_head(net->dt_bias, head, spare);
-    // as torch's softplus, which is the identity for large numbers
-    const float softplus = value > 20.0f ? value : std::log1p(std::exp(value));
-    return -std::exp(of_head(net->a_log, head, spare)) * softplus;
+    return -std::exp(of_head(net->a_log, head, spare)) * softplus(value);
   }
 
   void prepare_answers(int64_t r) const { prepare(net->o, activations, floats[r], rows, attended[r]); }

@@ -135,6 +135,22 @@ struct Delta {
 constexpr int64_t DELTA_TOKENS = 32;   // whose inputs stay in the L2 cache beside a head's state
 constexpr int64_t DELTA_COLUMNS = 32;  // of a state, in the L1 cache while several tokens pass through them
 
+// Some consecutive tokens in one head of Mamba-2; the sizes are those of Mamba2Scan in moe_native.h.
+struct Scan {
+  const float* x;       // [tokens, width]
+  const float* b;       // [tokens, states]
+  const float* c;       // [tokens, states]
+  const float* dt;      // [tokens]
+  const float* factor;  // [tokens], e^(dt a), by which the state is multiplied
+  float skip;           // d
+  int64_t tokens;       // any number; of SCAN_TOKENS, the inputs stay in the L1 cache
+  int64_t width;
+  int64_t states;  // a multiple of HEAD_STEP
+  float* state;    // [width, states]
+};
+
+constexpr int64_t SCAN_TOKENS = 16;
+
 struct Kernels {
   int32_t isa;
   const char* name;
@@ -196,6 +212,10 @@ struct Kernels {
   // it becomes factor * state + k change.
   void (*change_state)(const float* k, const float* change, float factor, int64_t key_width,
                        int64_t value_width, float* state);
+
+  // Updates the head's state with the tokens; out [tokens, stride] are the head's outputs. They do not
+  // depend on how many tokens a call has.
+  void (*scan)(const Scan& head, float* out, int64_t stride);
 
   // Blocks [first, last) of weights [numel] -> their part of q and absmax; see moe_nf4_encode.
   void (*encode)(const void* weights, int32_t dtype, int64_t numel, int64_t first, int64_t last, uint8_t* q,

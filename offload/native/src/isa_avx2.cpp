@@ -26,6 +26,7 @@ constexpr int64_t TILE_T = 3;
 #include "gate.h"
 #include "attend.h"
 #include "delta.h"
+#include "scan.h"
 #include "prepare.h"
 #include "low.h"
 #include "micro.h"

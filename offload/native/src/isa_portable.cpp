@@ -16,6 +16,7 @@ constexpr int64_t TILE_T = 2;
 #include "gate.h"
 #include "attend.h"
 #include "delta.h"
+#include "scan.h"
 #include "prepare.h"
 #include "prompt.h"
 #include "low.h"

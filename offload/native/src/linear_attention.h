@@ -16,6 +16,9 @@ int64_t numbers_left(const DeltaNet& net);
 // The epsilon that transformers' l2norm adds to the sum of squares.
 constexpr float L2_EPSILON = 1e-6f;
 
+// As torch's softplus, which is the identity for large numbers.
+inline float softplus(float x) { return x > 20.0f ? x : std::log1p(std::exp(x)); }
+
 inline void divide_by_length(float* x, int64_t count) {
   constexpr int64_t LANES = 8;  // sums side by side, which do not wait for each other
   float totals[LANES] = {}, total = 0.0f;

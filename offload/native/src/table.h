@@ -6,6 +6,6 @@ constexpr Kernels table_of(int32_t isa, const char* name) {
           gate,          combine,      widen,
           narrow,        norm,         attend,
           attend_prompt, open_gate,    convolve,
-          delta,         change_state, encode,
-          encode_low};
+          delta,         change_state, scan,
+          encode,        encode_low};
 }

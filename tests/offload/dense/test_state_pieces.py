@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -101,6 +102,18 @@ def test_pieces_change_nothing(plain: Any, hf: Any, piece: int) -> None:
     want = logits(plain)
     close(logits(hf), want)
     close(logits(hf, [40, 41]), want)
+
+
+def test_a_piece_lies_in_memory_as_a_prompt_of_its_length(hf: Any) -> None:
+    """With other strides, torch copies the weights of a linear layer that have no gradients."""
+    cut(hf, 16)
+    seen: list[tuple[int, ...]] = []
+    linear = next(module for module in layers(hf)[0].modules() if isinstance(module, nn.Linear))
+    hook = linear.register_forward_pre_hook(lambda module, args: seen.append(args[0].stride()))
+    logits(hf)
+    hook.remove()
+    width = seen[0][1]
+    assert set(seen) == {(16 * width, width, 1), (TOKENS % 16 * width, width, 1)}
 
 
 def test_padding_is_cut_with_its_tokens(plain: Any, hf: Any) -> None:

@@ -34,7 +34,7 @@ def layers_of(hf: Any) -> list[Any]:
 
 
 def are_taken(hf: Any) -> list[bool]:
-    return ["_token_delta_net" in vars(module) for module in layers_of(hf)]
+    return ["_token_state_call" in vars(module) for module in layers_of(hf)]
 
 
 def tiny(dtype: torch.dtype = torch.float32, family: str = FAMILY) -> Any:

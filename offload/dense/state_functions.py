@@ -1,0 +1,54 @@
+"""Layers with a state whose forward, transformers' own, calls functions by name: others in their place.
+
+The others overwrite states in CPU memory, so calls that ask for more than that keep transformers' functions.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from moe_local.offload.modeling.names import cache_name
+from moe_local.offload.modeling.stand_in import calling, stand_in
+
+Function = Callable[..., Any]
+
+
+def functions_called(cls: Any, names: Sequence[str]) -> list[Function] | None:
+    """The functions that the forward of a class calls by these names; None if it does not call them all."""
+    plain = inspect.unwrap(cls.forward)
+    code = getattr(plain, "__code__", None)
+    if code is None or not set(names) <= set(code.co_names):
+        return None
+    functions: list[Any] = [plain.__globals__.get(name) for name in names]
+    return functions if all(callable(function) for function in functions) else None
+
+
+def with_functions(cls: Any, make: Callable[[Any], Any], functions: dict[str, Function]) -> Any:
+    """A subclass of a class of layers whose forward calls these functions, by name; see `stand_in` for
+    `make`."""
+    direct, name = calling(inspect.unwrap(cls.forward), functions), cache_name(cls.forward)
+
+    @functools.wraps(cls.forward)
+    def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        memory = kwargs.get(name)
+        if (
+            memory is None
+            or hidden_states.device.type != "cpu"
+            or torch.is_grad_enabled()
+            or torch.is_autocast_enabled("cpu")
+            or memory.layers[self.layer_idx].record_past  # wants states that are overwritten here
+        ):
+            return cls.forward(self, hidden_states, *args, **kwargs)
+        return direct(self, hidden_states, *args, **kwargs)
+
+    return stand_in(cls, make, forward)
+
+
+def refuse(*args: Any, **options: Any) -> Any:
+    """In place of a function that a trial of ours must not fall back on."""
+    raise RuntimeError("the library does not do this")
