@@ -87,13 +87,9 @@ class Engine:
         """New tokens so far, of all sequences."""
         self.relief: Callable[[Shortage], bool] | None = None
         """Frees device memory that a step lacked, and returns whether it did; None: nothing can be freed."""
-<<<<<<< HEAD
-        self._rows = Rows(kv, Shelf(kv, shelf_bytes))
-=======
         self.most_context: int | None = None
         """Most tokens of context that the model takes; None: unknown. Only errors speak of it."""
-        self._rows = Rows(kv)
->>>>>>> n3
+        self._rows = Rows(kv, Shelf(kv, shelf_bytes))
         self._turn = 0
         self._masks: BatchMasks | None = None
         self._had_prompt = False
