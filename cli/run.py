@@ -88,6 +88,8 @@ def run(
                     view.show(parser.flush(cut=stream.finish_reason != "stop"))
         if stream.filled_context:
             click.echo(_cut(loaded, stream.stats), err=True)
+        elif json_schema is not None and stream.finish_reason == "length":
+            click.echo(_incomplete(stream.max_new_tokens, parser), err=True)
     if sys.stderr.isatty() and not as_json:
         print_status(status_line(stream.stats))
 
@@ -110,6 +112,14 @@ def _cut(model: moe_local.Model, stats: GenerationStats) -> str:
         f"the answer is cut off: {stats.prompt_tokens} tokens of prompt and {stats.new_tokens} of answer "
         f"fill the context of {request.context}; {remedy}"
     )
+
+
+def _incomplete(limit: int, parser: Parser) -> str:
+    """The message that a limit cut off what should have been JSON, and what to do about it."""
+    what, more = "JSON", ""
+    if parser.thinking:
+        what, more = "thought", ", or turn thoughts off with --no-think where the model can"
+    return f"the {what} is cut off after {limit} tokens, and there is no whole JSON; raise --max-tokens{more}"
 
 
 def _prompt(given: str | None) -> str:

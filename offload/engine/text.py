@@ -82,7 +82,7 @@ def encode_prompt(
     _check_items(items)
     messages = check_messages(items)
     if not (template and has_template):
-        raise OptionError(f"a conversation needs a chat template, and {_why_raw(template)}; give plain text")
+        raise OptionError(f"a conversation needs a chat template, and {_why_raw(template)}")
     return _encode_chat(tokenizer, messages, tools, variables, answers)
 
 
@@ -105,7 +105,9 @@ def _check_unused(tools: object, variables: object, prompt: str) -> None:
 
 
 def _why_raw(template: bool) -> str:
-    return "this tokenizer has none" if template else "template=False turns it off"
+    if not template:
+        return "template=False turns it off; give plain text"
+    return "this tokenizer has none; load the model with one, or give plain text"
 
 
 def _is_id(item: object) -> bool:

@@ -305,6 +305,35 @@ def test_json_of_a_schema(invoke, tmp_path):
     assert result.stderr == "moe-local: this schema or grammar cannot be enforced: Invalid type: objekt\n"
 
 
+@pytest.mark.parametrize(
+    ("says", "shown", "message"),
+    [
+        (
+            ["<think>", "Hm, it"],
+            "",
+            "the thought is cut off after 512 tokens, and there is no whole JSON; raise --max-tokens, or "
+            "turn thoughts off with --no-think where the model can\n",
+        ),
+        (
+            ["<think>", "Hm.", "</think>", '{"a"'],
+            '{"a"\n',
+            "the JSON is cut off after 512 tokens, and there is no whole JSON; raise --max-tokens\n",
+        ),
+    ],
+)
+def test_json_that_a_limit_cuts_off_says_so(invoke, fake, tmp_path, says, shown, message):
+    file = tmp_path / "schema.json"
+    file.write_text('{"type": "object"}')
+    fake.says, fake.finish_reason = says, "length"
+    result = invoke("run", "demo", "hello", "--json-schema", str(file))
+    assert (result.exit_code, result.stdout) == (0, shown)
+    assert result.stderr.endswith(f"\n{message}")
+    result = invoke("run", "demo", "hello", "--json-schema", str(file), "--json")
+    assert json.loads(result.stdout)["finish_reason"] == "length"
+    assert result.stderr == message
+    assert not invoke("run", "demo", "hello", "--json").stderr
+
+
 def test_a_chat_template_of_ones_own(invoke, tmp_path, monkeypatch):
     """With a mark at its beginning, as some editors write it; the demo has learned its own template only."""
     file = tmp_path / "mine.jinja"
