@@ -399,11 +399,17 @@ def test_tools(serving: Any, scripted: Any, model: moe_local.Model, monkeypatch:
         assert [(c.index, c.function.name) for c in calls] == [(0, "weather")]
 
 
-def test_calls_in_a_conversation_that_the_template_would_leave_out(client: openai.OpenAI) -> None:
+def test_calls_in_a_conversation_that_the_template_would_leave_out(
+    serving: Any, model: moe_local.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    monkeypatch.setattr(model.tokenizer, "chat_template", template)
     called = {"id": "a", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
     said: Any = {"role": "assistant", "content": "Let me look.", "tool_calls": [called]}
-    with pytest.raises(openai.BadRequestError, match="message 1 has calls of tools, for which"):
-        client.chat.completions.create(model="demo", messages=[*QUESTION, said, *QUESTION])
+    with serving() as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0)
+        with pytest.raises(openai.BadRequestError, match="message 1 has calls of tools, for which"):
+            client.chat.completions.create(model="demo", messages=[*QUESTION, said, *QUESTION])
 
 
 def test_an_earlier_answer_with_an_empty_list_of_calls() -> None:
