@@ -113,6 +113,14 @@ def test_debug_shows_the_trace_of_this_call_only(invoke, monkeypatch, arguments)
     assert invoke("run", "demo", "hi").stderr == "moe-local: it broke\n"
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [("80x", "'80x' is not a valid whole number; see "), ("99999", "99999 is not in the range 0<=x<=")],
+)
+def test_whole_numbers(invoke, given, said):
+    assert said in invoke("serve", "demo", "--port", given).stderr
+
+
 def test_ctrl_c_is_130(invoke, monkeypatch):
     def load(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
