@@ -4,6 +4,7 @@ code."""
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -114,6 +115,7 @@ class MoeLocal(LazyGroup):
         self.debug = False
         settings["standalone_mode"] = False
         try:
+            _require_folder()
             code = super().main(args, *others, **settings)
         except Exception as error:
             code = self._report(error)
@@ -147,6 +149,14 @@ class MoeLocal(LazyGroup):
     def _line(self, message: str, code: int) -> int:
         click.echo(f"moe-local: {' '.join(message.split())}", err=True)
         return code
+
+
+def _require_folder() -> None:
+    """Raise MoeLocalError if the current folder was removed, at which MKL would end the process."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise MoeLocalError(f"the current folder: {error.strerror}; change to one that is there") from None
 
 
 def _usage(error: click.UsageError) -> str:

@@ -121,6 +121,15 @@ def test_whole_numbers(invoke, given, said):
     assert said in invoke("serve", "demo", "--port", given).stderr
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows keeps a folder that is in use")
+def test_a_current_folder_that_was_removed(tmp_path):
+    shell = 'mkdir gone && cd gone && rmdir ../gone && exec "$0" -m moe_local.cli run demo hello'
+    command = ["sh", "-c", shell, sys.executable]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    said = "moe-local: the current folder: No such file or directory; change to one that is there\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", said)
+
+
 def test_ctrl_c_is_130(invoke, monkeypatch):
     def load(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
