@@ -50,8 +50,11 @@ def test_help_is_a_command_too(invoke):
         (["run", "demo", "-p", "hi"], "no option -p; PROMPT is given without a flag, behind MODEL; see "),
         (["chat", "--n-gpu-layers=9"], "no option --n-gpu-layers; experts are placed by themselves, in as "),
         (["chat", "--temp", "1"], "no option --temp; it is --temperature here; see "),
-        (["list", "--temp", "1"], "--temp"),
-        (["bench", "--repeat", "9"], "--repeats"),
+        (["list", "--temp", "1"], "no option --temp; see "),
+        (["chat", "--json"], "no option --json; see "),
+        (["chat", "--modle", "demo"], "no option --modle; see "),
+        (["chat", "--no-thinking"], "no option --no-thinking; did you mean --no-think?; see "),
+        (["bench", "--repeat", "9"], "no option --repeat; did you mean --repeats?; see "),
     ],
 )
 def test_what_is_typed_in_other_programs_is_understood(invoke, arguments, said):
