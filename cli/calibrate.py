@@ -13,7 +13,7 @@ import moe_local
 from moe_local.cache.errors import MoeLocalError, OptionError
 from moe_local.cli.completion import model_argument
 from moe_local.cli.first_use import ready, yes_flag
-from moe_local.cli.options import debug_flag, json_flag, load_flags
+from moe_local.cli.options import WholeNumber, debug_flag, json_flag, load_flags
 from moe_local.cli.render import ProgressBar, print_json, print_table
 from moe_local.cli.text_file import read_text_file
 
@@ -34,7 +34,7 @@ DEMO_SEED = 11
 )
 @click.option(
     "--tokens",
-    type=click.IntRange(min=1),
+    type=WholeNumber(1),
     default=8192,
     show_default=True,
     envvar="MOE_LOCAL_TOKENS",
@@ -43,7 +43,7 @@ DEMO_SEED = 11
 )
 @click.option(
     "--lookahead",
-    type=click.IntRange(min=1),
+    type=WholeNumber(1),
     default=3,
     show_default=True,
     envvar="MOE_LOCAL_LOOKAHEAD",

@@ -4,6 +4,7 @@ code."""
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -114,6 +115,7 @@ class MoeLocal(LazyGroup):
         self.debug = False
         settings["standalone_mode"] = False
         try:
+            _require_folder()
             code = super().main(args, *others, **settings)
         except Exception as error:
             code = self._report(error)
@@ -149,13 +151,30 @@ class MoeLocal(LazyGroup):
         return code
 
 
+def _require_folder() -> None:
+    """Raise MoeLocalError if the current folder was removed, at which MKL would end the process."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise MoeLocalError(f"the current folder: {error.strerror}; change to one that is there") from None
+
+
 def _usage(error: click.UsageError) -> str:
     """What is wrong with the arguments, without the full stop."""
     if isinstance(error, click.NoSuchOption):
         command = error.ctx.command if error.ctx is not None else None
-        if hint := other_names.flag_hint(error.option_name, command):
-            return f"no option {error.option_name}; {hint}"
+        hint = other_names.flag_hint(error.option_name, command)
+        if hint is None and (near := _nearest(error.option_name, command)):
+            hint = f"did you mean {near}?"
+        return f"no option {error.option_name}" + (f"; {hint}" if hint else "")
     return error.format_message().rstrip(".")
+
+
+def _nearest(flag: str, command: click.Command | None) -> str | None:
+    """The command's flag that is most like this one, compared without the dashes, which all have."""
+    options = [param for param in (command.params if command else []) if isinstance(param, click.Option)]
+    known = {name.strip("-"): name for option in options for name in (*option.opts, *option.secondary_opts)}
+    return next((known[name] for name in difflib.get_close_matches(flag.strip("-"), known, n=1)), None)
 
 
 def _print_version(context: click.Context, parameter: click.Parameter, value: bool) -> None:

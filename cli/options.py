@@ -97,6 +97,15 @@ class Sampling:
         return [] if self.system is None else [{"role": "system", "content": self.system}]
 
 
+class WholeNumber(click.IntRange):
+    """click's, but a value that is no number "is not a valid whole number", not "integer range"."""
+
+    name = "whole number"
+
+    def get_metavar(self, *_: object, **__: object) -> str:
+        return "N"
+
+
 def load_flags(*names: str) -> Callable[[Command], Command]:
     """Add flags for these fields of LoadOptions, by default those in LOAD_FLAGS.
 

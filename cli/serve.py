@@ -12,7 +12,14 @@ import moe_local
 from moe_local.cache.errors import OptionError
 from moe_local.cli.completion import model_argument
 from moe_local.cli.first_use import ready, yes_flag
-from moe_local.cli.options import CHAT_FLAGS, debug_flag, load_flags, template_flags, template_variables
+from moe_local.cli.options import (
+    CHAT_FLAGS,
+    WholeNumber,
+    debug_flag,
+    load_flags,
+    template_flags,
+    template_variables,
+)
 from moe_local.cli.render import ProgressBar
 
 OWN_NAMES = ("localhost", "127.0.0.1", "::1")
@@ -34,7 +41,7 @@ OWN_NAMES = ("localhost", "127.0.0.1", "::1")
     show_default=True,
     envvar="MOE_LOCAL_PORT",
     show_envvar=True,
-    type=click.IntRange(0, 65535),
+    type=WholeNumber(0, 65535),
     help="Port; 0 takes a free one.",
 )
 @click.option(
@@ -47,14 +54,14 @@ OWN_NAMES = ("localhost", "127.0.0.1", "::1")
     "--queue",
     default=64,
     show_default=True,
-    type=click.IntRange(0),
+    type=WholeNumber(0),
     envvar="MOE_LOCAL_QUEUE",
     show_envvar=True,
     help="Requests that may wait; more get 429 and Retry-After.",
 )
 @click.option(
     "--max-tokens",
-    type=click.IntRange(1),
+    type=WholeNumber(1),
     envvar="MOE_LOCAL_MAX_TOKENS",
     show_envvar=True,
     help="Most new tokens of an answer; default what the context holds.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -9,7 +10,8 @@ import click
 from moe_local.cache.keys import format_bytes
 from moe_local.cli.completion import model_argument
 from moe_local.cli.options import debug_flag, json_flag
-from moe_local.cli.render import count, print_fields, print_json, print_table
+from moe_local.cli.render import count, print_fields, print_json, print_status, print_table
+from moe_local.offload.checkpoint.registry import DEMO
 from moe_local.offload.system.collector import uncollected
 
 if TYPE_CHECKING:
@@ -60,6 +62,8 @@ def list_models(everything: bool, as_json: bool) -> None:
             for entry, size in zip(entries, sizes, strict=True)
         ],
     )
+    if not everything and {entry.model for entry in entries} <= {DEMO} and sys.stderr.isatty():
+        print_status("moe-local list --all also names what can be downloaded.")
 
 
 def _brief(conversion: Conversion) -> str:

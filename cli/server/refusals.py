@@ -106,9 +106,15 @@ def _wrong(where: str, error: dict[str, Any]) -> str:
             begin, found, needed = error["msg"].partition("Input should be ")
             if begin or not found:
                 return f"{name}: {error['msg']}"
-    given = json.dumps(error["input"], default=str, ensure_ascii=False)
-    shown = given if len(given) <= LONGEST_SHOWN else f"{given[:LONGEST_SHOWN]}..."
-    return f"{name} is {shown}; it should be {needed}"
+    return f"{name} is {_shown(error['input'])}; it should be {needed}"
+
+
+def _shown(value: Any) -> str:
+    """A wrong value, as JSON if that is short."""
+    if isinstance(value, list | dict):
+        return "a list" if isinstance(value, list) else "an object"
+    text = json.dumps(value, default=str)  # in ASCII, since half a character cannot be sent
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
 
 
 async def _not_understood(request: Request, error: Any) -> JSONResponse:

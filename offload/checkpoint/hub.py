@@ -109,6 +109,8 @@ def locate(model: str | Path) -> Path | HubModel:
         raise ModelNotFoundError(f"there is no file {name}; check its path")
     if repo_id is not None:
         return HubModel(repo_id, short_name(repo_id))
+    if hub_id(name.rpartition(":")[0]) is not None:  # as llama.cpp and Ollama name a file of a repository
+        raise not_found(name, "GGUF files are not downloaded here, only read; download the file and give it")
     raise not_found(name, "no alias, Hub id (org/name), folder or GGUF file")
 
 

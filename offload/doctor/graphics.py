@@ -103,7 +103,7 @@ def graphics() -> Iterator[Finding]:
 
 def _none() -> Finding:
     if not has_nvidia_hardware():
-        remedy = "none is needed; with a GPU it is faster: NVIDIA's with CUDA 12 or later are supported"
+        remedy = "none is needed, but it is faster with one: NVIDIA's are supported, with CUDA 12 or later"
         return warn("GPU", "no CUDA device; experts are computed on the CPU", remedy, devices=0)
     return fail("GPU", *absence(), devices=0)
 

@@ -71,7 +71,7 @@ def findings(bench: Bench, compared: list[dict[str, Any]]) -> list[str]:
         found.append("every expert fits, so nothing was moved; --slots N measures as if it did not")
     rows = bench.model.parts.engine.kv.rows
     if rows == 1 and any(m.samples and m.workload.name == "batch" for m in bench.results):
-        found.append("the batch was answered one after the other: the model was loaded for one sequence")
+        found.append("the batch was answered one after the other; --parallel N steps its prompts together")
     other = [row["name"] for row in compared if not row["same_ids"]]
     if other:
         found.append(f"other tokens than as loaded: {', '.join(other)}")

@@ -90,7 +90,7 @@ def test_tables_for_people(bench: Any) -> None:
     assert "no interval from 1 rounds" in words
     assert "note   RAM was faster behind the runs: the floor is " in words
     assert ", at 20.0 GB/s\n" in words
-    assert "one after the other" in words
+    assert "one after the other; --parallel N steps its prompts together" in words
 
 
 def test_a_recording_drives_the_model(bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

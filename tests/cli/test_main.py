@@ -50,8 +50,11 @@ def test_help_is_a_command_too(invoke):
         (["run", "demo", "-p", "hi"], "no option -p; PROMPT is given without a flag, behind MODEL; see "),
         (["chat", "--n-gpu-layers=9"], "no option --n-gpu-layers; experts are placed by themselves, in as "),
         (["chat", "--temp", "1"], "no option --temp; it is --temperature here; see "),
-        (["list", "--temp", "1"], "--temp"),
-        (["bench", "--repeat", "9"], "--repeats"),
+        (["list", "--temp", "1"], "no option --temp; see "),
+        (["chat", "--json"], "no option --json; see "),
+        (["chat", "--modle", "demo"], "no option --modle; see "),
+        (["chat", "--no-thinking"], "no option --no-thinking; did you mean --no-think?; see "),
+        (["bench", "--repeat", "9"], "no option --repeat; did you mean --repeats?; see "),
     ],
 )
 def test_what_is_typed_in_other_programs_is_understood(invoke, arguments, said):
@@ -111,6 +114,23 @@ def test_debug_shows_the_trace_of_this_call_only(invoke, monkeypatch, arguments)
     assert "Traceback" in result.stderr
     assert result.stderr.endswith("moe-local: it broke\n")
     assert invoke("run", "demo", "hi").stderr == "moe-local: it broke\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [("80x", "'80x' is not a valid whole number; see "), ("99999", "99999 is not in the range 0<=x<=")],
+)
+def test_whole_numbers(invoke, given, said):
+    assert said in invoke("serve", "demo", "--port", given).stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows keeps a folder that is in use")
+def test_a_current_folder_that_was_removed(tmp_path):
+    shell = 'mkdir gone && cd gone && rmdir ../gone && exec "$0" -m moe_local.cli run demo hello'
+    command = ["sh", "-c", shell, sys.executable]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    said = "moe-local: the current folder: No such file or directory; change to one that is there\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", said)
 
 
 def test_ctrl_c_is_130(invoke, monkeypatch):

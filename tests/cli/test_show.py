@@ -14,6 +14,7 @@ from moe_local.cache.files import locked
 from moe_local.cache.stats import RoutedTokens
 from moe_local.cli.convert import weight_bytes
 from moe_local.cli.library import nbytes
+from moe_local.cli.show import list_models
 from moe_local.offload.checkpoint.registry import ALIASES
 from moe_local.offload.expert_file.usage import add_usage
 from moe_local.offload.load import load
@@ -276,3 +277,10 @@ def test_pull_list_and_rm_of_a_download(invoke, hub, mixtral_19, monkeypatch, tm
     assert "freed" in removed.stdout
     listed = {entry["model"] for entry in json.loads(invoke("list", "--json").stdout)}
     assert "mixtral-8x7b" not in listed
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_a_machine_without_models_is_told_what_there_is(home, capsys, monkeypatch, everything):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    list_models.callback(everything=everything, as_json=False)
+    assert ("list --all also names" in capsys.readouterr().err) == (not everything)

@@ -472,6 +472,8 @@ def test_metrics(client: openai.OpenAI, server: Any) -> None:
         ({"messages": QUESTION, "logit_bias": {"9999": 1}}, "logit_bias has '9999'; it must be token ids"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "half a character, at 0"),
         ({"messages": 100 * "x"}, f'messages is "{59 * "x"}...; it should be a valid list'),
+        ({"messages": {}}, "messages is an object; it should be a valid list"),
+        ({"messages": QUESTION, "n": "\ud800"}, r'n is "\ud800"; it should be a valid integer'),
         ({"messages": []}, "messages is empty; give at least 1"),
         ({"messages": [{"content": "x"}]}, "message 0 has no role"),
         ({"messages": [{"role": "user"}]}, "message 0 has no content"),

@@ -82,6 +82,11 @@ class TestLocate:
             locate(name)
         one_line(error)
 
+    @pytest.mark.parametrize("begin", ["", "hf.co/"])
+    def test_a_file_of_a_hub_repository(self, begin: str) -> None:
+        with pytest.raises(ModelNotFoundError, match="download the file and give it; did you"):
+            locate(f"{begin}unsloth/Qwen3-30B-A3B-GGUF:Q4_K_M")
+
     def test_a_file_that_is_no_gguf(self, tmp_path: Path) -> None:
         notes = tmp_path / "notes.txt"
         notes.write_text("a file")
