@@ -402,6 +402,41 @@ void use_delta_net(Random& random) {
   same_bytes(states, other_states, state_bytes, "threads change states of moe_delta_net");
 }
 
+void use_mamba2(Random& random) {
+  Mamba2 m{};
+  m.groups = between(random, 1, 3), m.heads = m.groups * between(random, 1, 3);
+  m.width = a_size(random) % 40 + 1, m.states = 16 * between(random, 1, 9);
+  m.taps = between(random, 1, 6), m.dtype = a_dtype(random), m.epsilon = 1e-5f;
+  const int64_t rows = between(random, 1, 6), hidden = a_size(random), answers = m.heads * m.width;
+  const int64_t channels = answers + 2 * m.groups * m.states;
+  const int32_t activations = an_activation(random);
+  Weights in(random, a_format(random), answers + channels + m.heads, hidden);
+  Weights out(random, a_format(random), hidden, answers);
+  m.in = in.m, m.out = out.m;
+  Numbers convolution(random, m.dtype, channels * m.taps, 1.0f), bias(random, m.dtype, channels, 1.0f);
+  Numbers a_log(random, m.dtype, m.heads, 1.0f), d(random, m.dtype, m.heads, 1.0f);
+  Numbers dt_bias(random, m.dtype, m.heads, 1.0f), norm(random, m.dtype, answers, 1.0f);
+  Numbers x(random, m.dtype, rows * hidden, 0.5f), inputs(random, m.dtype, rows * channels * m.taps, 1.0f);
+  m.convolution = convolution.bytes(), m.convolution_bias = random() % 2 ? bias.bytes() : nullptr;
+  m.a_log = a_log.bytes(), m.d = d.bytes(), m.dt_bias = dt_bias.bytes(), m.norm = norm.bytes();
+  const int64_t input_bytes = bytes_of(m.dtype) * rows * channels * m.taps;
+  const int64_t state_bytes = 4 * rows * answers * m.states, bytes = bytes_of(m.dtype) * rows * hidden;
+  Buffer states(random, state_bytes), other_inputs(random, input_bytes), other_states(random, state_bytes);
+  states.fill_floats(random, -1.0f, 1.0f);
+  std::memcpy(other_inputs.bytes(), inputs.bytes(), static_cast<size_t>(input_bytes));
+  std::memcpy(other_states.bytes(), states.bytes(), static_cast<size_t>(state_bytes));
+  Buffer y(random, bytes), again(random, bytes);
+  require(moe_mamba2(&m, x.bytes(), inputs.bytes(), states.floats(), rows, y.bytes(), activations,
+                     some_threads(random)) == OK,
+          "moe_mamba2 failed");
+  require(moe_mamba2(&m, x.bytes(), other_inputs.bytes(), other_states.floats(), rows, again.bytes(),
+                     activations, 1) == OK,
+          "moe_mamba2 failed");
+  same_bytes(y, again, bytes, "threads change moe_mamba2");
+  same_bytes(inputs, other_inputs, input_bytes, "threads change inputs of moe_mamba2");
+  same_bytes(states, other_states, state_bytes, "threads change states of moe_mamba2");
+}
+
 void use_mlp(Random& random) {
   const int64_t width = a_size(random), hidden = a_size(random);
   const int64_t tokens = random() % 8 == 0 ? between(random, 30, 90) : between(random, 1, 9);
@@ -734,6 +769,7 @@ void rounds(unsigned seed, int count) {
     use_attention(random);
     use_latent_attention(random);
     use_delta_net(random);
+    use_mamba2(random);
     use_mlp(random);
     use_prompt(random);
     use_norms(random);
