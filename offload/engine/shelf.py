@@ -46,8 +46,9 @@ class Shelf:
     def put(self, parked: Sequence, keeps: int, needed: SavedRow | None = None) -> None:
         """Shelve a parked sequence whose row is about to lose all but its first `keeps` tokens.
 
-        `needed`, which was found before and is still to be read, does not give way. Without memory for a copy
-        nothing is shelved. Not for the sake of its answer alone, which the next turn may have without its thought.
+        `needed`, which was found before and is still to be read, does not give way. Nothing is shelved
+        without memory for a copy, nor for the sake of an answer alone, which the next turn may have without
+        its thought.
         """
         if not (self._budget and parked.shares):
             return
