@@ -254,10 +254,8 @@ class Batcher:
         for ticket in [ticket for ticket in self._running if ticket.cancelled]:
             self._end(ticket, Ended(None))
         self._end_waiting()
-        with self._changed:
-            while self._waiting and self._engine.free_rows:
-                self._start(self._waiting.popleft())
-            self._changed.notify_all()
+        while self._waiting and self._engine.free_rows:
+            self._start(self._waiting[0])  # without the lock: it may copy gigabytes, while others submit
         return bool(self._running)
 
     def _end_waiting(self) -> None:
@@ -277,14 +275,21 @@ class Batcher:
                 self._tell(ticket, Ended(None, error))
 
     def _start(self, ticket: Ticket) -> None:
+        """Start the first ticket in the queue, from which only this thread takes any."""
+        failure = None
         try:
             ticket.sequence = self._engine.join(ticket.prompt_ids, ticket.settings, reuse=True)
+            ticket.computed = self._engine.kv.lens[ticket.sequence.row]
+            ticket.last = ticket.submitted
         except Exception as error:
-            self._tell(ticket, Ended(None, _as_ours(error, "an answer could not begin")))
-            return
-        ticket.last = ticket.submitted
-        ticket.computed = self._engine.kv.lens[ticket.sequence.row]
-        self._running.append(ticket)
+            failure = Ended(None, _as_ours(error, "an answer could not begin"))
+        with self._changed:
+            self._waiting.popleft()
+            if failure is None:
+                self._running.append(ticket)
+            self._changed.notify_all()
+        if failure is not None:
+            self._tell(ticket, failure)
 
     def _answer_looks(self) -> None:
         for _ in range(len(self._looks)):  # calls added meanwhile wait for the next step

@@ -86,8 +86,10 @@ def state_numel(module: Any) -> int:
     """Size, in numbers, of the recurrent state that a layer keeps per sequence; 0 if it only convolves."""
     if hasattr(module, "ssm_state_size"):
         return int(module.intermediate_size * module.ssm_state_size)
-    sizes = [getattr(module, name, 0) for name in ("num_v_heads", "head_k_dim", "head_v_dim")]
-    return math.prod(sizes)
+    names = ("num_v_heads", "head_k_dim", "head_v_dim")
+    if not hasattr(module, names[0]):  # Kimi Linear's
+        names = ("num_heads", "head_dim", "head_dim")
+    return math.prod(getattr(module, name, 0) for name in names)
 
 
 def kept_numel(model: nn.Module) -> int:

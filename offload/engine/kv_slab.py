@@ -13,7 +13,7 @@ Letters: R rows, H key-value heads, C capacity, D width of a head, W sliding win
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -297,14 +297,20 @@ class KVSlab:
 
     def save(self, row: int) -> SavedRow:
         length = self.lens[row]
-        columns = [tensor[row, ..., :length, :].to("cpu", copy=True) for tensor in self._tensors()]
+        columns = []
+        for tensor in self._tensors():
+            held = torch.empty(tensor[row, ..., :length, :].shape, dtype=tensor.dtype)
+            for part, head in zip(_heads(held), _heads(tensor[row]), strict=True):
+                part.copy_(head[:length])
+            columns.append(held)
         return SavedRow(length, columns)
 
     def load(self, row: int, saved: SavedRow, length: int) -> None:
         assert self.lens[row] == 0
         self._touched[row] = max(self._touched[row], length)
         for tensor, columns in zip(self._tensors(), saved.columns, strict=True):
-            tensor[row, ..., :length, :].copy_(columns[..., :length, :])
+            for head, part in zip(_heads(tensor[row]), _heads(columns), strict=True):
+                head[:length].copy_(part[:length])
         self.advance(row, length)
 
     def _tensors(self) -> Iterator[torch.Tensor]:
@@ -325,6 +331,15 @@ class KVSlab:
             assert tensor.shape[-2] == self.capacity, tensor.shape
         for view in self._views:
             assert len(view.layers) == len(self.layers)
+
+
+def _heads(columns: torch.Tensor) -> Iterable[torch.Tensor]:
+    """Views [C, D] of a row's columns [H, C, D] or [C, D].
+
+    The first columns of each lie in one piece. So torch copies them between VRAM and RAM as they are; for
+    columns in several pieces it would take as much VRAM once more.
+    """
+    return columns if columns.dim() == 3 else (columns,)
 
 
 def can_slab(probe: Any) -> bool:

@@ -58,7 +58,8 @@ def copy_prefix(kv: KVRows, others: Ids[Sequence], sequence: Sequence) -> None:
             best, found = shared, other
     if found is not None:
         kv.copy(found.row, sequence.row, best)
-        sequence.reused_tokens += best - own
+        # a failed step may have emptied the row since it joined
+        sequence.reused_tokens = min(sequence.reused_tokens, own) + best - own
 
 
 def until_snapshot(kv: KVRows, sequence: Sequence) -> int:
@@ -82,7 +83,17 @@ def in_common(kv: KVRows, other: Sequence, ids: Ids[int]) -> int:
 
 
 def ids_in_common(one: Ids[int], other: Ids[int], limit: int) -> int:
-    """How many of their first tokens are the same, up to `limit`, which both have."""
+    """How many of their first tokens are the same, up to `limit`, which both have.
+
+    Compares slices, since a loop over the ids of a long conversation would take milliseconds for each row.
+    """
     if one[:limit] == other[:limit]:
         return limit
-    return next(i for i in range(limit) if one[i] != other[i])
+    same = 0  # so many are; the first different one is among the next `limit - same`
+    while limit - same > 1:
+        middle = (same + limit) // 2
+        if one[same:middle] == other[same:middle]:
+            same = middle
+        else:
+            limit = middle
+    return same

@@ -57,7 +57,7 @@ class Rows:
             sequence = self.members[row] = Sequence(ids, len(ids), settings, row, reused_tokens=shared)
         else:
             if len(self.members) == self._kv.rows:
-                self._shelf.put(self.parked[0], 0)
+                self._shelf.put(self.parked[0], 0, saved)
                 self._give_up(self.parked[0])
             sequence = Sequence(ids, len(ids), settings, self._join(saved, shared), reused_tokens=shared)
             self.members.append(sequence)

@@ -168,6 +168,31 @@ def test_a_full_queue_refuses_and_recovers(rig: Rig) -> None:
     rig.ask([5], count=2).end()
 
 
+def test_nobody_waits_for_a_prompt_to_join(rig: Rig) -> None:
+    """That may copy gigabytes between rows and RAM, while the server's one thread submits others."""
+    join, joining, go_on = rig.engine.join, threading.Event(), threading.Event()
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        joining.set()
+        assert go_on.wait(PATIENCE)
+        return join(*args, **kwargs)
+
+    rig.engine.join = slow  # type: ignore[method-assign]
+    first = rig.ask([5, 6, 7])
+    assert joining.wait(PATIENCE)
+    others: list[Heard] = []
+    asking = threading.Thread(target=lambda: others.append(rig.ask([9, 9])))
+    asking.start()
+    asking.join(5)
+    waited = asking.is_alive()
+    go_on.set()
+    asking.join()
+    assert not waited
+    for heard, prompt in ((first, [5, 6, 7]), (others[0], [9, 9])):
+        heard.end()
+        assert heard.ids == rig.alone(prompt)
+
+
 def test_what_waits_too_long_is_told(rig: Rig) -> None:
     with rig.paused():
         busy = [rig.ask([5, 6, 7 + i], count=20) for i in range(2)]

@@ -351,6 +351,18 @@ def test_conversations_in_turn_keep_their_rows(mixtral: Any) -> None:
     turn([*three, 9], len(three) - 1)
 
 
+def test_no_token_is_counted_as_reused_twice(model: Any) -> None:
+    """By a prompt whose row a failed step has emptied."""
+    engine = Engine(model, make_kv(model, 2, 120), chunk=100)
+    first, second = (engine.join(random_ids(60), greedy(model, 9), reuse=True) for _ in range(2))
+    while not second.reused_tokens:
+        engine.step()
+    engine.kv.shorten(second.row, 0)  # as a failed exchange of rows leaves it
+    finish(engine, first, second)
+    assert second.reused_tokens == 59
+    assert second.new_ids == first.new_ids
+
+
 @pytest.mark.parametrize("chunk", [100, 16])
 def test_a_prompt_in_common_is_computed_once(model: Any, chunk: int) -> None:
     """By whoever comes first, chunk by chunk; the others copy it, and get what they would alone."""

@@ -46,6 +46,10 @@ def answer(engine: Engine, prompt: list[int], *, reused: int | None = None, reus
     return sequence
 
 
+def fail(*_: Any, **__: Any) -> None:
+    raise MemoryError("in the middle")
+
+
 def shelved(engine: Engine) -> int:
     """How many conversations are on the engine's shelf."""
     return len(engine._rows._shelf._shelved)
@@ -139,23 +143,65 @@ def test_caches_that_cannot_be_copied_are_not_shelved() -> None:
     assert shelved(engine) == 0
 
 
-@pytest.mark.parametrize("method", ["save", "load"])
-def test_a_copy_that_fails_loses_no_row(model: Any, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copy_back_that_fails_loses_no_row(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = engine_of(model)
     first = answer(engine, random_ids(300))
-    if method == "load":
-        answer(engine, other(301))
-
-    def fail(*_: Any, **__: Any) -> None:
-        raise MemoryError("in the middle")
-
+    answer(engine, other(301))
     with monkeypatch.context() as patch:
-        patch.setattr(torch.Tensor, "to" if method == "save" else "copy_", fail)
+        patch.setattr(torch.Tensor, "copy_", fail)
         with pytest.raises(MemoryError, match="in the middle"):
-            engine.join([*first.ids, 5] if method == "load" else other(302), greedy(model, 2), reuse=True)
+            engine.join([*first.ids, 5], greedy(model, 2), reuse=True)
     engine.check_integrity()
     assert (engine.active, engine.free_rows) == ([], 1)
     answer(engine, [*first.ids, 5], reused=len(first.ids) - 1)
+
+
+def test_a_prompt_does_not_fail_for_want_of_memory_to_keep_another(
+    mixtral: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = engine_of(mixtral)
+    first = answer(engine, random_ids(300))
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.kv, "save", fail)
+        answer(engine, other(301), reused=0)
+    assert "a conversation is not kept: in the middle" in caplog.text
+    answer(engine, [*first.ids, 5], reused=0)
+
+
+def test_what_a_prompt_is_to_go_on_from_counts_in_the_budget(mixtral: Any) -> None:
+    """It stays on the shelf, though the row that gives way would have room in its place."""
+    one = engine_of(mixtral)
+    answer(one, random_ids(300))
+    engine = engine_of(mixtral, shelf_bytes=one.kv.saved_bytes(0) * 3 // 2)
+    first = answer(engine, [1, *random_ids(299, seed=1)])
+    second = answer(engine, [2, *random_ids(299, seed=2)])
+    answer(engine, [*first.ids, 5], reused=len(first.ids) - 1)
+    [kept] = engine._rows._shelf._shelved
+    assert kept.ids == first.ids != second.ids
+
+
+def test_a_long_row_is_not_copied_for_the_sake_of_few_tokens(
+    mixtral: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a template leaves out the thoughts of all turns but the last."""
+    monkeypatch.setattr(shelf, "COPIED", 2)
+    engine = engine_of(mixtral)
+    first = answer(engine, random_ids(800))
+    answer(engine, [*first.ids[:500], 5], reused=500)
+    assert shelved(engine) == 0
+
+
+def test_what_a_row_no_longer_has_does_not_replace_what_is_shelved(mixtral: Any) -> None:
+    """A later turn whose row went lost in failed steps, and which was given up early in its prompt."""
+    engine = engine_of(mixtral, chunk=300)
+    first = answer(engine, random_ids(700))
+    answer(engine, other(301))
+    later = engine.join([*first.ids, 5, 6], greedy(mixtral, 2), reuse=True)
+    engine.kv.shorten(later.row, 0)
+    engine.step()
+    engine.leave(later)
+    answer(engine, other(302))
+    answer(engine, [*first.ids, 5, 6], reused=len(first.ids) - 1)
 
 
 @pytest.mark.parametrize("seed", range(2))

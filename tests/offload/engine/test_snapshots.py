@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from moe_local.offload.checkpoint.spec import model_spec
 from moe_local.offload.engine.engine import Engine
 from moe_local.offload.engine.memory import make_kv
 from moe_local.offload.engine.sequence import Sequence
@@ -168,12 +169,11 @@ def test_those_give_way_that_cost_least() -> None:
     assert snapshots.nbytes == SNAPSHOTS * 4 * (3 + 20), "memory is kept for later ones"
 
 
-def test_rows_take_no_more_memory_than_planned(qwen3_next: Any) -> None:
-    from moe_local.offload.checkpoint.spec import model_spec
-
-    engine = engine_of(qwen3_next, 2, chunk=16)
+@pytest.mark.parametrize("name", ["qwen3_next", "nemotron_h", "kimi_linear", "bailing_hybrid"])
+def test_rows_take_as_much_memory_as_planned(name: str) -> None:
+    model = tiny_models.tiny_model(name)
+    engine = engine_of(model, 2, chunk=16)
     without = engine.kv.nbytes
     for seed in range(4):
         answer(engine, random_ids(200, seed=seed), reused=0)
-    taken = engine.kv.nbytes - without
-    assert 0 < taken <= 2 * snapshot_bytes(model_spec(qwen3_next.config))
+    assert engine.kv.nbytes - without == 2 * snapshot_bytes(model_spec(model.config))
