@@ -27,6 +27,7 @@ from gguf_layer import (
     router_and_experts,
     whole,
 )
+from gguf_nemotron_h import NEMOTRON_H
 from gguf_qwen3_next import QWEN3_NEXT
 from gguf_qwen35 import QWEN3_5_MOE
 from gguf_tensor import FLOAT32, Array, Tensor
@@ -34,17 +35,20 @@ from gguf_tensor import FLOAT32, Array, Tensor
 
 def tensors(config: Config, matrices: GGMLQuantizationType) -> Iterator[Tensor]:
     """All tensors, in the order of the file."""
-    hidden, vocab = config["hidden_size"], config["vocab_size"]
     kind = ARCHITECTURES[config["model_type"]]
-    yield Tensor("token_embd.weight", (vocab, hidden), matrices, whole("model.embed_tokens.weight"))
+    config = kind.fields(config)
+    hidden, vocab = config["hidden_size"], config["vocab_size"]
+    yield Tensor("token_embd.weight", (vocab, hidden), matrices, whole(f"{kind.embedding}.weight"))
     for index in range(config["num_hidden_layers"]):
         yield from kind.layer(config, Layer(index, matrices))
-    yield Tensor("output_norm.weight", (hidden,), FLOAT32, whole("model.norm.weight", kind.norm))
+    yield Tensor("output_norm.weight", (hidden,), FLOAT32, whole(f"{kind.last_norm}.weight", kind.norm))
     yield Tensor("output.weight", (vocab, hidden), matrices, whole("lm_head.weight"))
 
 
 def describe(writer: GGUFWriter, config: Config) -> None:
     """Write the metadata of the model. Raises ValueError for what llama.cpp does not compute."""
+    architecture = ARCHITECTURES[config["model_type"]]
+    config = architecture.fields(config)
     writer.add_vocab_size(config["vocab_size"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
@@ -55,7 +59,8 @@ def describe(writer: GGUFWriter, config: Config) -> None:
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_expert_count(expert_count(config))
     writer.add_expert_used_count(config["num_experts_per_tok"])
-    writer.add_rope_freq_base(rope_theta(config))
+    if (theta := rope_theta(config)) is not None:
+        writer.add_rope_freq_base(theta)
     scaling = rope(config)
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "yarn":
@@ -66,7 +71,7 @@ def describe(writer: GGUFWriter, config: Config) -> None:
         writer.add_rope_scaling_yarn_beta_slow(scaling.get("beta_slow", 1.0))
     elif kind != "default":
         raise ValueError(f"rotary embedding of type {kind!r} is not written as GGUF")
-    ARCHITECTURES[config["model_type"]].describe(writer, config)
+    architecture.describe(writer, config)
 
 
 def _mixtral(config: Config, layer: Layer) -> Iterator[Tensor]:
@@ -181,5 +186,6 @@ ARCHITECTURES = {
     "gpt_oss": GPT_OSS,
     "qwen3_5_moe_text": QWEN3_5_MOE,
     "qwen3_next": QWEN3_NEXT,
+    "nemotron_h": NEMOTRON_H,
 }
 """By the model type of transformers."""

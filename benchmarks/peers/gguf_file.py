@@ -43,7 +43,7 @@ def write(
         *most, last = ARCHITECTURES
         known = f"{', '.join(most)} and {last}"
         raise ValueError(f"{folder} holds a {kind!r}; only {known} are written as GGUF")
-    source = Safetensors(folder, "model.language_model." if multimodal else "model.")
+    source = Safetensors(folder, "model.language_model." if multimodal else ARCHITECTURES[kind].prefix)
     rng = np.random.default_rng(0)
     partial = out.with_suffix(".partial")
     writer = gguf.GGUFWriter(partial, ARCHITECTURES[kind].name)
@@ -54,6 +54,8 @@ def write(
     writer.add_tokenizer_model("none")
     describe(writer, config)
     all_tensors = list(tensors(config, matrices))
+    numbered = enumerate(all_tensors, start=1)
+    last_of_layer = {t.name.split(".")[1]: number for number, t in numbered if t.name.startswith("blk.")}
     for tensor in all_tensors:
         raw = None if tensor.type == FLOAT32 else tensor.type
         writer.add_tensor_info(tensor.name, tensor.stored_shape, tensor.stored_dtype, tensor.nbytes, raw)
@@ -66,7 +68,7 @@ def write(
             made = make_random(tensor, rng) if random else make(tensor, source.read, pool)
             writer.write_tensor_data(made)
             seconds = time.monotonic() - started
-            if tensor.name.endswith(("ffn_norm.weight", "post_attention_norm.weight")):  # a layer's last
+            if number in last_of_layer.values():
                 done = f"{number} of {len(all_tensors)} tensors"
                 print(f"{out.name}: {done}, {seconds:.0f} s", file=sys.stderr)
     writer.close()

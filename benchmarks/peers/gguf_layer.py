@@ -56,13 +56,21 @@ class Architecture:
     name: str
     """llama.cpp's name."""
     layer: Callable[[Config, Layer], Iterator[Tensor]]
-    """The tensors of a decoder layer; its second norm comes last."""
+    """The tensors of a decoder layer."""
     describe: Callable[[GGUFWriter, Config], None]
     """Writes the metadata that not all have."""
     norm: Turn | None = None
     """For the weights of norms, the one after the last layer included."""
     mostly: str = ""
     """The type of most of its numbers, in a file of any type but F32; "" for that of its matrices."""
+    fields: Callable[[Config], Config] = dict
+    """The config with the names and fields that most have."""
+    prefix: str = "model."
+    """What names in checkpoints begin with, but for the output head's; asked for as "model."."""
+    embedding: str = "model.embed_tokens"
+    """The module of the input embedding."""
+    last_norm: str = "model.norm"
+    """The module of the norm after the last layer."""
 
 
 def whole(name: str, turn: Turn | None = None) -> Callable[[Read], Iterable[Array]]:
@@ -85,10 +93,11 @@ def rope(config: Config) -> Config:
     return config.get("rope_parameters") or config.get("rope_scaling") or {}
 
 
-def rope_theta(config: Config) -> float:
+def rope_theta(config: Config) -> float | None:
     """The base of rotary embedding: in configs by transformers 5 among the rope parameters, in older ones at
-    the top level."""
-    return float(config["rope_theta"] if "rope_theta" in config else rope(config)["rope_theta"])
+    the top level. None for models without rotary embedding."""
+    theta = config.get("rope_theta", rope(config).get("rope_theta"))
+    return None if theta is None else float(theta)
 
 
 def in_pairs(heads: int) -> Turn:
@@ -110,18 +119,20 @@ def attention(
     gated: bool = False,
     norms: bool = False,
     norm: Turn | None = None,
+    module: str = "self_attn",
 ) -> Iterator[Tensor]:
     """Attention with a matrix each for queries, keys and values. `gated`: each head of queries is followed by
-    a gate for its output. `norms`: queries and keys have some, to which `norm` is done."""
+    a gate for its output. `norms`: queries and keys have some, to which `norm` is done. `module`: its name in
+    a layer."""
     hidden, width = config["hidden_size"], head_width(config)
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     q, k = (in_pairs(heads), in_pairs(kv_heads)) if paired else (None, None)
-    yield layer.matrix("attn_q", "self_attn.q_proj", (1 + gated) * heads * width, hidden, turn=q)
-    yield layer.matrix("attn_k", "self_attn.k_proj", kv_heads * width, hidden, turn=k)
-    yield layer.matrix("attn_v", "self_attn.v_proj", kv_heads * width, hidden)
-    yield layer.matrix("attn_output", "self_attn.o_proj", hidden, heads * width)
+    yield layer.matrix("attn_q", f"{module}.q_proj", (1 + gated) * heads * width, hidden, turn=q)
+    yield layer.matrix("attn_k", f"{module}.k_proj", kv_heads * width, hidden, turn=k)
+    yield layer.matrix("attn_v", f"{module}.v_proj", kv_heads * width, hidden)
+    yield layer.matrix("attn_output", f"{module}.o_proj", hidden, heads * width)
     for name in "qk" if norms else "":
-        yield layer.exact(f"attn_{name}_norm.weight", f"self_attn.{name}_norm.weight", width, turn=norm)
+        yield layer.exact(f"attn_{name}_norm.weight", f"{module}.{name}_norm.weight", width, turn=norm)
 
 
 def describe_attention(writer: GGUFWriter, config: Config, turned: int | None = None) -> None:

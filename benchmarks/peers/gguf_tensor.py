@@ -100,13 +100,15 @@ def make(tensor: Tensor, read: Read, pool: ThreadPoolExecutor) -> Array:
 
 
 def make_random(tensor: Tensor, rng: np.random.Generator) -> Array:
-    """Random weights, at about the scale at which a matrix's output is as large as its input; norms are ones,
-    biases and other vectors zeros, but for decays (ssm_a), which are -1.
+    """Random weights, at about the scale at which a matrix's output is as large as its input; norms and
+    shortcuts (ssm_d) are ones, biases and other vectors zeros, but for decays (ssm_a), which are -1.
 
     Blocks are made directly in their stored form, from random bytes with scales at their start.
     """
-    if len(tensor.shape) == 1 or tensor.name.endswith(".bias"):
-        value = 1 if "norm" in tensor.name else -1 if tensor.name.endswith(".ssm_a") else 0
+    vector = len(tensor.shape) == 1 or tensor.shape[-1] == 1
+    if vector or tensor.name.endswith(".bias") or "norm" in tensor.name:
+        ones = "norm" in tensor.name or tensor.name.endswith(".ssm_d")
+        value = 1 if ones else -1 if tensor.name.endswith(".ssm_a") else 0
         return np.full(tensor.shape, value, np.float32)
     scale = 1 / math.sqrt(tensor.shape[-1])
     if tensor.type == FLOAT32:

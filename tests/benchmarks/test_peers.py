@@ -18,8 +18,8 @@ from peers import client, install, serve
 from moe_local.offload.checkpoint.spec import model_spec
 from support.tiny_models import tiny_model
 
-WIDER = {"qwen3_5_moe": {"head_dim": 64}}
-"""What llama.cpp needs of a tiny model."""
+WIDER = {"qwen3_5_moe": {"head_dim": 64}, "nemotron_h": {"n_groups": 2, "mamba_num_heads": 8}}
+"""What llama.cpp needs of a tiny model, or what makes it more like the published one."""
 WEIGHTS = {"expert_bytes": 90, "expert_numel": 160, "dense_bytes": 30, "dense_numel": 40}
 COUNTING = f"""
 import sys
@@ -141,7 +141,10 @@ def test_an_installation_for_another_processor_that_fails_leaves_none(
 
 @pytest.mark.parametrize(
     "kind",
-    ["mixtral", "qwen3_moe", "deepseek_v3", "glm4_moe_lite", "gpt_oss", "qwen3_5_moe", "qwen3_next"],
+    [
+        *("mixtral", "qwen3_moe", "deepseek_v3", "glm4_moe_lite", "gpt_oss", "qwen3_5_moe", "qwen3_next"),
+        "nemotron_h",
+    ],
 )
 def test_llama_cpp_computes_what_transformers_computes(
     make_checkpoint: Callable[..., Path], tmp_path: Path, kind: str
