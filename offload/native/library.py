@@ -304,6 +304,21 @@ _ARGUMENTS: dict[str, list[type]] = {
     "moe_gated_norm": [
         *(c_void_p, c_void_p, c_void_p, c_float, c_int64, c_int64, c_int32, c_void_p, c_int32),
     ],
+    "moe_open_and_norm": [
+        *(
+            c_void_p,
+            c_void_p,
+            c_void_p,
+            c_float,
+            c_int64,
+            c_int64,
+            c_int64,
+            c_int32,
+            c_int32,
+            c_void_p,
+            c_int32,
+        ),
+    ],
     "moe_attention": [
         *(POINTER(Attention), c_void_p, c_void_p, c_void_p, POINTER(Sequence), c_int64, c_void_p, c_int32),
         c_int32,

@@ -470,6 +470,20 @@ void use_norms(Random& random) {
                            out == &gated ? some_threads(random) : 1) == OK,
             "moe_gated_norm failed");
   same_bytes(gated, again, bytes, "threads change moe_gated_norm");
+  const int64_t groups = width % 2 == 0 ? 2 : 1;
+  for (Buffer* out : {&gated, &again})
+    require(moe_open_and_norm(x.bytes(), gate.bytes(), weight.bytes(), 1e-5f, tokens, groups, width, dtype,
+                              dtype, out->bytes(), out == &gated ? some_threads(random) : 1) == OK,
+            "moe_open_and_norm failed");
+  same_bytes(gated, again, bytes, "threads change moe_open_and_norm");
+  Numbers scanned(random, FLOAT32, tokens * width, 2.0f);
+  Buffer alone(random, 4 * tokens * width);
+  for (Buffer* out : {&alone, static_cast<Buffer*>(&scanned)})
+    require(moe_open_and_norm(scanned.bytes(), gate.bytes(), weight.bytes(), 1e-5f, tokens, groups, width,
+                              dtype, FLOAT32, out->bytes(), out == &alone ? some_threads(random) : 1) == OK,
+            "moe_open_and_norm of fp32 failed");
+  same_bytes(alone, scanned, 4 * tokens * width,
+             "threads change moe_open_and_norm, or it is another in place");
   for (Buffer* out : {&y, static_cast<Buffer*>(&x)})
     require(moe_norm(x.bytes(), weight.bytes(), shifted, 1e-5f, tokens, width, dtype, out->bytes(),
                      out == &y ? some_threads(random) : 1) == OK,

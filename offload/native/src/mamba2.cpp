@@ -97,7 +97,8 @@ struct Mamba2Call {
   void prepare_answers(int64_t r, float* own) const {
     round_to(layer->dtype, answers(), own, floats[r]);
     round_to(layer->dtype, answers(), own, projected[r]);
-    open_and_norm(norm, layer->groups, answers() / layer->groups, layer->epsilon, projected[r], floats[r]);
+    open_and_norm(FLOAT32, norm, layer->groups, answers() / layer->groups, layer->epsilon, projected[r],
+                  floats[r]);
     round_to(layer->dtype, answers(), own, floats[r]);
     prepare(layer->out, activations, floats[r], rows, answered[r]);
   }

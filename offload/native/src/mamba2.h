@@ -34,12 +34,12 @@ inline void take_steps(int32_t dtype, const TimeStep& step, float a, int64_t cou
 }
 
 // Multiplies answers x [groups * width] with z * sigmoid(z); then each group has an RMS norm with its part of
-// `norm`, see Kernels::norm. z is overwritten.
-inline void open_and_norm(const float* norm, int64_t groups, int64_t width, float epsilon, float* z,
-                          float* x) {
+// `norm` [groups * width], see Kernels::norm. z is overwritten.
+inline void open_and_norm(int32_t dtype, const void* norm, int64_t groups, int64_t width, float epsilon,
+                          float* z, float* x) {
   const Gate silu{PLAIN, SILU, 0.0f, 0.0f};
   kernels().gate(silu, z, groups * width, z);
   for (int64_t i = 0; i < groups * width; ++i) x[i] *= z[i];
   for (int64_t g = 0; g < groups; ++g)
-    kernels().norm(FLOAT32, norm + g * width, false, epsilon, width, x + g * width);
+    kernels().norm(dtype, at(dtype, norm, g * width), false, epsilon, width, x + g * width);
 }

@@ -256,6 +256,13 @@ MOE_API int32_t moe_norm(const void* x, const void* weight, int32_t shifted, flo
 MOE_API int32_t moe_gated_norm(const void* x, const void* gate, const void* weight, float epsilon,
                                int64_t tokens, int64_t width, int32_t dtype, void* y, int32_t threads);
 
+// Mamba-2's: x [tokens, width] times gate * sigmoid(gate), then the norm as in moe_norm, not shifted, of each
+// of `groups` equal parts of a token by itself. gate and weight are of the dtype, x and y of x_dtype: of the
+// dtype, too, or fp32.
+MOE_API int32_t moe_open_and_norm(const void* x, const void* gate, const void* weight, float epsilon,
+                                  int64_t tokens, int64_t groups, int64_t width, int32_t dtype,
+                                  int32_t x_dtype, void* y, int32_t threads);
+
 // Attention of one token of each of 1 to 256 `sequences` [tokens], which share no memory: y [tokens, D] is
 // the output for x [tokens, D], with the cos and sin [tokens, rotated, or rotated / 2 if `shared`] of the
 // tokens' positions. Writes each token's keys and values at its sequence's last position, and reads those of
