@@ -139,7 +139,14 @@ class Engine:
                 f"all {self.kv.rows} sequences are in use; one has to leave before another joins"
             )
         deadline = None if settings.max_time is None else time.monotonic() + settings.max_time
-        sequence = self._rows.join(ids, settings, reuse=reuse)
+        sequence = None
+        try:
+            with interrupt.deferred():
+                sequence = self._rows.join(ids, settings, reuse=reuse)
+        except BaseException:
+            if sequence is not None:  # a Ctrl-C meanwhile, raised at the end of the block
+                self._rows.leave(sequence)
+            raise
         sequence.deadline = deadline
         return sequence
 

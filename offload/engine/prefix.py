@@ -10,7 +10,7 @@ from moe_local.offload.engine.sequence import Sequence
 WORTH_COPYING = 16
 """Fewest tokens to copy: a few tokens of a template cost little in the forward of the rest."""
 
-WORTH_A_SNAPSHOT = 64
+WORTH_A_SNAPSHOT = 128
 """A prompt's forward is cut for a snapshot behind this many tokens at the earliest: short ones are slow."""
 
 GENERATION_PROMPT = 6

@@ -5,6 +5,8 @@ Nothing is lost or comes twice, and no row is used half-written.
 
 from __future__ import annotations
 
+import os
+import signal
 from typing import Any
 
 import pytest
@@ -163,3 +165,25 @@ def test_tokens_that_cannot_be_handed_out_are_picked_again(model: Any) -> None:
         longer = engine.join([*sequences[2].ids, 7, 8], greedy(model, 6), reuse=True)
         runs.append([*given.values(), finish(engine, longer)])
     assert runs[0] == runs[1]
+
+
+def test_a_prompt_that_is_interrupted_as_it_joins_takes_no_row(model: Any) -> None:
+    """A real SIGINT between the row's beginning and the sequence's."""
+    engine = Engine(model, make_kv(model, 1, 100), chunk=64)
+    join = engine.kv.join
+
+    def interrupted() -> int:
+        os.kill(os.getpid(), signal.SIGINT)
+        return join()
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        engine.kv.join = interrupted  # type: ignore[method-assign]
+        with pytest.raises(KeyboardInterrupt):
+            engine.join(PROMPTS[0], greedy(model, 4), reuse=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
+        engine.kv.join = join  # type: ignore[method-assign]
+    engine.check_integrity()
+    assert (engine.active, engine.free_rows) == ([], 1)
+    assert finish(engine, engine.join(PROMPTS[0], greedy(model, 4))) == alone(model, PROMPTS[0], 4)

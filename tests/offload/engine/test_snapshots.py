@@ -53,40 +53,40 @@ def test_a_turn_without_the_thought_of_the_last(model: Any, rows: int) -> None:
     """The next prompt parts from the row within its last tokens, which opened a thought."""
     engine = engine_of(model, rows)
     opening = [7, 8, 9]
-    said = random_ids(100)
+    said = random_ids(160)
     first = answer(engine, [*said, *opening], reused=0, count=40)
-    said += random_ids(70, seed=1)
-    second = answer(engine, [*said, *opening], reused=97)
+    said += random_ids(140, seed=1)
+    second = answer(engine, [*said, *opening], reused=157)
     said += random_ids(30, seed=2)  # too few for another snapshot
-    answer(engine, [*said, *opening], reused=167)
-    answer(engine, [*said, 11, 12], reused=167)
-    answer(engine, [*second.ids[: second.prompt_len], 5], reused=167)
-    answer(engine, first.ids[: first.prompt_len], reused=97)  # the first answer is made anew
+    answer(engine, [*said, *opening], reused=297)
+    answer(engine, [*said, 11, 12], reused=297)
+    answer(engine, [*second.ids[: second.prompt_len], 5], reused=297)
+    answer(engine, first.ids[: first.prompt_len], reused=157)  # the first answer is made anew
 
 
 def test_the_second_to_part_at_a_place_leaves_a_snapshot_there(model: Any) -> None:
     engine = engine_of(model, 1)
-    system = random_ids(90)
-    for seed, reused in ((1, 0), (2, 0), (3, 90), (4, 90)):
-        answer(engine, [*system, 300 + seed, *random_ids(80, seed=seed)], reused=reused)
+    system = random_ids(150)
+    for seed, reused in ((1, 0), (2, 0), (3, 150), (4, 150)):
+        answer(engine, [*system, 300 + seed, *random_ids(140, seed=seed)], reused=reused)
 
 
 def test_another_row_begins_with_a_snapshot(model: Any) -> None:
     """Of a row that has gone on meanwhile."""
     engine = engine_of(model, 3)
-    prompt = random_ids(120)
-    sequences = [engine.join(prompt, greedy(model, count), reuse=True) for count in (30, 3)]
+    prompt = random_ids(200)
+    sequences = [engine.join(prompt, greedy(model, count), reuse=True) for count in (12, 3)]
     finish(engine, *sequences)
-    assert [sequence.reused_tokens for sequence in sequences] == [0, 114]
-    late = engine.join([*prompt[:118], 5, 6], greedy(model, 3), reuse=True)
+    assert [sequence.reused_tokens for sequence in sequences] == [0, 194]
+    late = engine.join([*prompt[:198], 5, 6], greedy(model, 3), reuse=True)
     finish(engine, late)
-    assert late.reused_tokens == 114
+    assert late.reused_tokens == 194
     check_alone(model, [*sequences, late])
 
 
 def test_a_failed_step_goes_back_to_the_last_snapshot(model: Any) -> None:
     engine = engine_of(model, 1)
-    sequence = engine.join(random_ids(120), greedy(model, 8), reuse=True)
+    sequence = engine.join(random_ids(200), greedy(model, 8), reuse=True)
     while len(sequence.new_ids) < 4:
         engine.step()
 
@@ -98,7 +98,7 @@ def test_a_failed_step_goes_back_to_the_last_snapshot(model: Any) -> None:
         engine.step()
     hook.remove()
     engine.check_integrity()
-    assert engine.kv.lens == [114]
+    assert engine.kv.lens == [194]
     finish(engine, sequence)
     check_alone(model, [sequence])
 
@@ -106,9 +106,9 @@ def test_a_failed_step_goes_back_to_the_last_snapshot(model: Any) -> None:
 def test_prompts_that_share_nothing_are_not_cut(qwen3_next: Any) -> None:
     """As those of generate with a tensor, which reuses no row, so that no snapshot would be used."""
     engine = engine_of(qwen3_next, 1)
-    sequence = engine.join(random_ids(120), greedy(qwen3_next, 2))
+    sequence = engine.join(random_ids(200), greedy(qwen3_next, 2))
     engine.step()
-    assert engine.kv.lens == [120]
+    assert engine.kv.lens == [200]
     finish(engine, sequence)
     engine.leave(sequence)
     answer(engine, [*sequence.ids[:100], 5], reused=0)
@@ -118,7 +118,7 @@ def test_a_snapshot_that_cannot_be_put_back_leaves_an_empty_row(
     qwen3_next: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = engine_of(qwen3_next, 1)
-    prompt = random_ids(120)
+    prompt = random_ids(200)
     answer(engine, prompt, reused=0)
 
     def fail(*_: Any) -> None:
@@ -127,7 +127,7 @@ def test_a_snapshot_that_cannot_be_put_back_leaves_an_empty_row(
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "copy_", fail)
         with pytest.raises(RuntimeError, match="no copy"):
-            engine.join([*prompt[:118], 5], greedy(qwen3_next, 3), reuse=True)
+            engine.join([*prompt[:198], 5], greedy(qwen3_next, 3), reuse=True)
     engine.check_integrity()
     assert (engine.active, engine.kv.lens) == ([], [0])
     answer(engine, prompt, reused=0)
@@ -138,9 +138,9 @@ def test_conversations_at_random(model: Any, seed: int) -> None:
     """Prompts that go on from parts of earlier ones; rows that join, move, and leave in between."""
     chance = random.Random(seed)
     engine = engine_of(model, 3, chunk=chance.choice([48, 256]))
-    stems = [random_ids(150, seed=10 * seed), random_ids(150, seed=10 * seed + 1)]
+    stems = [random_ids(300, seed=10 * seed), random_ids(300, seed=10 * seed + 1)]
     prompts = [
-        [*chance.choice(stems)[: chance.randint(90, 150)], *random_ids(chance.randint(1, 90), seed=number)]
+        [*chance.choice(stems)[: chance.randint(180, 300)], *random_ids(chance.randint(1, 90), seed=number)]
         for number in range(18)
     ]
     done = answered_at_random(engine, prompts, chance, most=12)
