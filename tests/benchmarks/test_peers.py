@@ -20,6 +20,9 @@ from support.tiny_models import tiny_model
 
 WIDER = {"qwen3_5_moe": {"head_dim": 64}, "nemotron_h": {"n_groups": 2, "mamba_num_heads": 8}}
 """What llama.cpp needs of a tiny model, or what makes it more like the published one."""
+LLAMA_CPP = install.interpreter(install.default_folder())
+"""The Python of llama.cpp's environment below the user's MOE_LOCAL_HOME, which tests have another of; None if
+it is not installed."""
 WEIGHTS = {"expert_bytes": 90, "expert_numel": 160, "dense_bytes": 30, "dense_numel": 40}
 COUNTING = f"""
 import sys
@@ -153,14 +156,13 @@ def test_llama_cpp_computes_what_transformers_computes(
     import torch
     from transformers import AutoModelForCausalLM
 
-    python = client.install.interpreter(client.install.default_folder())
-    if python is None:
+    if LLAMA_CPP is None:
         pytest.skip("llama.cpp is not installed: python benchmarks/peers/install.py")
     file, checkpoint = tmp_path / "m.gguf", make_checkpoint(kind, **WIDER.get(kind, {}))
-    writer = [str(python), str(client.HERE / "gguf_file.py"), str(checkpoint), str(file)]
+    writer = [str(LLAMA_CPP), str(client.HERE / "gguf_file.py"), str(checkpoint), str(file)]
     subprocess.run([*writer, "--type", "F32"], check=True, capture_output=True)
     prompts = [[3 + 7 * i % 251 for i in range(40)], [100, 4, 5]]
-    with client.Peer([str(python), str(client.HERE / "llama_cpp_peer.py"), str(file)]) as peer:
+    with client.Peer([str(LLAMA_CPP), str(client.HERE / "llama_cpp_peer.py"), str(file)]) as peer:
         for prompt in prompts:
             peer.answer(prompt, 8, keep=True)
     assert peer.hello["name"] == "llama.cpp"
@@ -173,14 +175,13 @@ def test_llama_cpp_computes_what_transformers_computes(
 
 def test_llama_cpp_continues_sequences_together_as_alone(tiny_checkpoint: Path, tmp_path: Path) -> None:
     """Prompts of different lengths, from float32 weights; and how many experts their steps used."""
-    python = client.install.interpreter(client.install.default_folder())
-    if python is None:
+    if LLAMA_CPP is None:
         pytest.skip("llama.cpp is not installed: python benchmarks/peers/install.py")
     file = tmp_path / "m.gguf"
-    writer = [str(python), str(client.HERE / "gguf_file.py"), str(tiny_checkpoint), str(file)]
+    writer = [str(LLAMA_CPP), str(client.HERE / "gguf_file.py"), str(tiny_checkpoint), str(file)]
     subprocess.run([*writer, "--type", "F32"], check=True, capture_output=True)
     prompts = [[3 + 7 * i % 251 for i in range(40)], [100, 4, 5], [9, 300]]
-    command = [str(python), str(client.HERE / "llama_cpp_peer.py"), str(file)]
+    command = [str(LLAMA_CPP), str(client.HERE / "llama_cpp_peer.py"), str(file)]
     with client.Peer(command) as peer:
         alone = [peer.ask(prompt, 6)["ids"] for prompt in prompts]
     with client.Peer([*command, "--parallel", "4"]) as peer:
