@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
+from transformers.models.zamba2.modeling_zamba2 import Zamba2RMSNormGated
 
 from moe_local.offload.native.library import DTYPES
 from tests.native.test_norm_route import BAD_ARGUMENT, OK, OUTSIDE, Normed, gates_of, steps_apart, tokens_of
@@ -30,7 +30,7 @@ def normed(
 ) -> Normed:
     """moe_open_and_norm of x [T, D] by a random weight, written between guards; and transformers' own."""
     tokens, width = x.shape
-    norm = MambaRMSNormGated(width, width // groups, epsilon).to(gate.dtype)
+    norm = Zamba2RMSNormGated(width, width // groups, epsilon).to(gate.dtype)
     with torch.no_grad():
         norm.weight.copy_(torch.randn(width, generator=torch.Generator().manual_seed(width)))
         want = norm(x, gate)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.models.granitemoehybrid.modeling_granitemoehybrid import GraniteMoeHybridRMSNormGated
 from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
-from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHRMSNormGated
+from transformers.models.zamba2.modeling_zamba2 import Zamba2RMSNormGated
 
 import moe_local
 from moe_local.offload.checkpoint import skeleton
@@ -61,8 +62,8 @@ def close(got: torch.Tensor, want: torch.Tensor) -> bool:
     return same and torch.allclose(got, want, rtol=4 * torch.finfo(got.dtype).eps, atol=1e-7)
 
 
-class DetailRMSNormGated(NemotronHRMSNormGated):  # type: ignore[misc]
-    """NemotronHRMSNormGated, written out for subclasses to differ in a detail."""
+class DetailRMSNormGated(Zamba2RMSNormGated):  # type: ignore[misc]
+    """Zamba2RMSNormGated, written out for subclasses to differ in a detail."""
 
     def forward(self, hidden_states: Any, gate: Any = None) -> Any:
         x = self.opened(hidden_states.float(), gate.float()).unflatten(-1, (-1, self.size()))
@@ -106,7 +107,12 @@ class NarrowRMSNormGated(DetailRMSNormGated):
         return super().scaled(x, dtype).to(self.weight.dtype)
 
 
-SAME = (NemotronHRMSNormGated, GraniteMoeHybridRMSNormGated, MambaRMSNormGated, DetailRMSNormGated)
+GROUPED = tuple(
+    cls
+    for cls in (Zamba2RMSNormGated, GraniteMoeHybridRMSNormGated, MambaRMSNormGated)
+    if "group_size" in signature(cls).parameters  # older releases have no groups in some
+)
+SAME = (*GROUPED, DetailRMSNormGated)
 OTHER = (HalfRMSNormGated, SigmoidRMSNormGated, OpenRMSNormGated, ShiftedRMSNormGated)
 
 
@@ -120,7 +126,7 @@ def test_only_what_computes_the_same_is_taken(cls: Any, dtype: torch.dtype) -> N
 
 @pytest.mark.parametrize("group", [None, -16, 24, 16.0, 128])
 def test_groups_that_leave_numbers_over_are_not_taken(group: Any) -> None:
-    norm = filled(NemotronHRMSNormGated(64, 16))
+    norm = filled(Zamba2RMSNormGated(64, 16))
     norm.group_size = group
     assert not taken(norm)
 
@@ -150,7 +156,7 @@ def test_answers_as_the_original(calls: list[torch.Size], cls: Any, dtype: torch
 
 
 def test_all_else_is_left_to_the_original(calls: list[torch.Size]) -> None:
-    plain = filled(NemotronHRMSNormGated(64, 16)).bfloat16()
+    plain = filled(Zamba2RMSNormGated(64, 16)).bfloat16()
     norm = copy.deepcopy(plain)
     assert taken(norm)
     calls.clear()
@@ -171,7 +177,7 @@ def test_all_else_is_left_to_the_original(calls: list[torch.Size]) -> None:
 
 @pytest.mark.parametrize("how", ["copy", "pickle"])
 def test_copies_have_weights_of_their_own(calls: list[torch.Size], how: str) -> None:
-    norm = filled(NemotronHRMSNormGated(64, 16))
+    norm = filled(Zamba2RMSNormGated(64, 16))
     given = as_in_a_layer(5, 64, dtype=torch.float32, of_scan=torch.float32)
     assert taken(norm)
     other = copy.deepcopy(norm) if how == "copy" else pickle.loads(pickle.dumps(norm))

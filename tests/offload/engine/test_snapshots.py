@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import CONFIG_MAPPING
 
 from moe_local.offload.checkpoint.spec import model_spec
 from moe_local.offload.engine.engine import Engine
@@ -171,6 +172,8 @@ def test_those_give_way_that_cost_least() -> None:
 
 @pytest.mark.parametrize("name", ["qwen3_next", "nemotron_h", "kimi_linear", "bailing_hybrid"])
 def test_rows_take_as_much_memory_as_planned(name: str) -> None:
+    if name not in CONFIG_MAPPING:
+        pytest.skip("newer transformers")
     model = tiny_models.tiny_model(name)
     engine = engine_of(model, 2, chunk=16)
     without = engine.kv.nbytes
