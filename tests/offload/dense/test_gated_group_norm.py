@@ -202,6 +202,8 @@ def test_a_loaded_model_uses_it_for_prompts(
     dense: str,
 ) -> None:
     """With the ids that transformers' own norms give. Single tokens have one call a layer."""
+    if family == "granitemoehybrid" and GraniteMoeHybridRMSNormGated not in GROUPED:
+        pytest.skip("its norm has no groups in this release, and is left to torch")
     found = []
     for native in (True, False):
         if not native:
