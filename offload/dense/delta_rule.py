@@ -25,16 +25,15 @@ from moe_local.offload.dense.convolution import (
     convolve,
     convolve_sequences,
 )
-from moe_local.offload.dense.state_functions import Function, functions_called, refuse, with_functions
-from moe_local.offload.native.library import (
-    DTYPES,
-    check,
-    library,
-    loaded_library,
+from moe_local.offload.dense.state_functions import (
+    Function,
+    functions_called,
+    refuse,
+    use_functions,
+    with_functions,
 )
-from moe_local.offload.native.linear_attention import (
-    DeltaRule,
-)
+from moe_local.offload.native.library import DTYPES, check, loaded_library
+from moe_local.offload.native.linear_attention import DeltaRule
 from moe_local.offload.system.threads import kernel_threads
 
 RULE, PROMPT_RULE = "torch_recurrent_gated_delta_rule", "torch_chunk_gated_delta_rule"
@@ -53,39 +52,20 @@ def use_native_delta_rule(model: nn.Module) -> None:
     For classes whose forward calls transformers' four functions by name, and where the library's functions
     give the same results.
     """
-    if library() is None:
-        return
-    agreed: dict[Any, bool] = {}
-    for module in model.modules():
-        cls: Any = type(module)
-        if cls not in agreed:
-            functions = _functions(cls)
-            agreed[cls] = functions is not None and _agrees(functions)
-        if agreed[cls]:
-            module.__class__ = _native(cls)
-
-
-def _functions(cls: Any) -> list[Function] | None:
-    """The four functions that a class's forward calls, as NAMES; None if it is not such a class."""
-    return functions_called(cls, NAMES)
+    use_functions(model, NAMES, _agrees, _native)
 
 
 @cache
 def _native(cls: Any) -> Any:
-    functions = _functions(cls)
+    functions = functions_called(cls, NAMES)
     assert functions is not None
     return with_functions(cls, _native, dict(zip(NAMES, _library_functions(functions), strict=True)))
 
 
 def _library_functions(functions: list[Function]) -> list[Function]:
     """The library's functions in place of `functions`, as NAMES."""
-    rule, convolution, prompt_rule, prompt_convolution = functions
-    return [
-        partial(delta_rule, rule),
-        partial(convolve, convolution),
-        partial(delta_rule, prompt_rule),
-        partial(convolve_sequences, prompt_convolution),
-    ]
+    ours: list[Function] = [delta_rule, convolve, delta_rule, convolve_sequences]
+    return [partial(mine, other) for mine, other in zip(ours, functions, strict=True)]
 
 
 def delta_rule(

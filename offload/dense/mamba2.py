@@ -25,16 +25,15 @@ from moe_local.offload.dense.convolution import (
     convolve,
     convolve_sequences,
 )
-from moe_local.offload.dense.state_functions import Function, functions_called, refuse, with_functions
-from moe_local.offload.native.library import (
-    DTYPES,
-    check,
-    library,
-    loaded_library,
+from moe_local.offload.dense.state_functions import (
+    Function,
+    functions_called,
+    refuse,
+    use_functions,
+    with_functions,
 )
-from moe_local.offload.native.linear_attention import (
-    Mamba2Scan,
-)
+from moe_local.offload.native.library import DTYPES, check, loaded_library
+from moe_local.offload.native.linear_attention import Mamba2Scan
 from moe_local.offload.system.threads import kernel_threads
 
 UPDATE, SCAN = "mamba2_selective_state_update", "mamba2_chunk_scan"
@@ -53,16 +52,9 @@ def use_native_mamba2(model: nn.Module) -> None:
     For classes whose forward calls transformers' four functions by name, and where the library's functions
     give the same results.
     """
-    if library() is None:
-        return
-    agreed: dict[Any, bool] = {}
-    for module in model.modules():
-        cls: Any = type(module)
-        if cls not in agreed:
-            functions = functions_called(cls, NAMES)
-            agreed[cls] = functions is not None and _agrees(functions)
-        if agreed[cls] and not getattr(module, "ssm_state_size", 1) % STEP:
-            module.__class__ = _native(cls)
+    use_functions(
+        model, NAMES, _agrees, _native, lambda module: getattr(module, "ssm_state_size", 1) % STEP == 0
+    )
 
 
 def holds_no_states(module: Any) -> bool:

@@ -11,11 +11,34 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from moe_local.offload.modeling.names import cache_name
 from moe_local.offload.modeling.stand_in import calling, stand_in
+from moe_local.offload.native.library import library
 
 Function = Callable[..., Any]
+
+
+def use_functions(
+    model: nn.Module,
+    names: Sequence[str],
+    agrees: Callable[[list[Function]], bool],
+    native: Callable[[Any], Any],
+    suits: Callable[[nn.Module], bool] = lambda module: True,
+) -> None:
+    """Give the layers of `model` whose forwards call functions by these names, and that suit, the class that
+    `native` makes of theirs, if the functions agree with the library's. Each class is tried once."""
+    if library() is None:
+        return
+    agreed: dict[Any, bool] = {}
+    for module in model.modules():
+        cls: Any = type(module)
+        if cls not in agreed:
+            functions = functions_called(cls, names)
+            agreed[cls] = functions is not None and agrees(functions)
+        if agreed[cls] and suits(module):
+            module.__class__ = native(cls)
 
 
 def functions_called(cls: Any, names: Sequence[str]) -> list[Function] | None:

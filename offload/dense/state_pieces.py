@@ -58,7 +58,7 @@ def use_state_pieces(model: Any) -> None:
     for module, cls, block in zip(modules, classes, blocks, strict=True):
         if reason is not None:
             set_class(module, cls)
-            del module.piece
+            vars(module).pop("piece", None)  # none where the trial ended before the change
             continue
         module.piece = piece_tokens(module)
         if isinstance(block, int):  # Mamba-2: blocks are padded, and their memory grows with the square

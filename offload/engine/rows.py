@@ -49,7 +49,9 @@ class Rows:
         found, saved = self._shelf.find(ids, shared) if reuse else (0, None)
         if saved is not None:
             shared, parked = found, None
-        parts_at = max((in_common(self._kv, other, ids) for other in self.members), default=0) if reuse else 0
+        parts_at = 0
+        if reuse and self._kv.needs_snapshots:
+            parts_at = max((in_common(self._kv, other, ids) for other in self.members), default=0)
         if parked is not None:
             self._shelf.put(parked, shared)
             row = parked.row

@@ -208,12 +208,16 @@ def test_copies_and_pickles_go_on(hf: Any) -> None:
         assert twin.piece == layer.piece
 
 
+@pytest.mark.parametrize("changed", [True, False])
 def test_what_comes_out_differently_stays(
-    plain: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    plain: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, changed: bool
 ) -> None:
+    """Also where the model fails before it is changed."""
+
     def differs(model: Any, change: Any) -> str:
-        change()
-        assert layers(model)
+        if changed:
+            change()
+        assert bool(layers(model)) == changed
         return "logits were off"
 
     monkeypatch.setattr(module_under_test, "difference", differs)
